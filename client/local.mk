@@ -1,0 +1,1 @@
+# libkvd, kvctl and the engines.

@@ -1,0 +1,3 @@
+# libkvdstore: what is kept where.
+noinst_LTLIBRARIES += libkvdstore.la
+libkvdstore_la_SOURCES =

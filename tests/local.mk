@@ -1,0 +1,47 @@
+# Suites are built by `make check` and need no device, no root and no network. A suite is three lines:
+#
+#   SUITES += tests/check_idx
+#   tests_check_idx_SOURCES = tests/check_idx.c
+#   tests_check_idx_LDADD = $(KVD_STORE_LIBS) $(TEST_LIBS)
+#
+# Programs that a suite starts itself go to TEST_HELPERS in the same way.
+# A script is two: SCRIPT_TESTS += tests/test_units.sh (executable; it goes into the tarball by itself).
+# Each runs with KVD_SRCDIR and KVD_BUILDDIR in its environment, both absolute.
+TEST_LIBS = $(CHECK_LIBS)
+SUITES =
+SCRIPT_TESTS =
+TEST_HELPERS =
+
+# ---- fuzz targets: see tests/fuzz/README.md ----
+#
+#   FUZZ_TARGETS += tests/fuzz/fuzz_frame
+#   tests_fuzz_fuzz_frame_SOURCES = tests/fuzz/fuzz_frame.c
+#   tests_fuzz_fuzz_frame_LDADD = $(KVD_PROTO_LIBS) $(FUZZ_LIBS)
+#   tests_fuzz_fuzz_frame_LDFLAGS = $(FUZZ_LDFLAGS)
+#   EXTRA_DIST += tests/fuzz/corpus/frame
+#
+# In a fuzz build libFuzzer drives them, in every other build tests/fuzz/driver.c replays the corpus.
+FUZZ_TARGETS =
+if FUZZERS
+FUZZ_LIBS =
+FUZZ_LDFLAGS = $(AM_LDFLAGS) $(KVD_FUZZ_LDFLAGS)
+else
+check_LTLIBRARIES += tests/fuzz/libfuzzdriver.la
+tests_fuzz_libfuzzdriver_la_SOURCES = tests/fuzz/driver.c
+FUZZ_LIBS = tests/fuzz/libfuzzdriver.la
+FUZZ_LDFLAGS = $(AM_LDFLAGS)
+endif
+
+# ---- suites (one group of lines a suite, in the order of the layers) ----
+
+# ---- the end: what make check builds and runs ----
+check_PROGRAMS += $(SUITES) $(FUZZ_TARGETS) $(TEST_HELPERS)
+TESTS += $(SUITES) $(FUZZ_TARGETS) $(SCRIPT_TESTS)
+EXTRA_DIST += $(SCRIPT_TESTS) tests/fuzz/README.md
+
+fuzzers: $(BUILT_SOURCES) $(FUZZ_TARGETS)
+.PHONY: fuzzers
+
+AM_TESTS_ENVIRONMENT = \
+	KVD_SRCDIR='$(abs_top_srcdir)'; export KVD_SRCDIR; \
+	KVD_BUILDDIR='$(abs_top_builddir)'; export KVD_BUILDDIR;
