@@ -17,19 +17,19 @@ TEST_HELPERS =
 #   FUZZ_TARGETS += tests/fuzz/fuzz_frame
 #   tests_fuzz_fuzz_frame_SOURCES = tests/fuzz/fuzz_frame.c
 #   tests_fuzz_fuzz_frame_LDADD = $(KVD_PROTO_LIBS) $(FUZZ_LIBS)
-#   tests_fuzz_fuzz_frame_LDFLAGS = $(FUZZ_LDFLAGS)
+#   tests_fuzz_fuzz_frame_LDFLAGS = $(FUZZ_LINK)
 #   EXTRA_DIST += tests/fuzz/corpus/frame
 #
 # In a fuzz build libFuzzer drives them, in every other build tests/fuzz/driver.c replays the corpus.
 FUZZ_TARGETS =
 if FUZZERS
 FUZZ_LIBS =
-FUZZ_LDFLAGS = $(AM_LDFLAGS) $(KVD_FUZZ_LDFLAGS)
+FUZZ_LINK = $(AM_LDFLAGS) $(KVD_FUZZ_LDFLAGS)
 else
 check_LTLIBRARIES += tests/fuzz/libfuzzdriver.la
 tests_fuzz_libfuzzdriver_la_SOURCES = tests/fuzz/driver.c
 FUZZ_LIBS = tests/fuzz/libfuzzdriver.la
-FUZZ_LDFLAGS = $(AM_LDFLAGS)
+FUZZ_LINK = $(AM_LDFLAGS)
 endif
 
 # ---- suites (one group of lines a suite, in the order of the layers) ----
@@ -38,9 +38,6 @@ endif
 check_PROGRAMS += $(SUITES) $(FUZZ_TARGETS) $(TEST_HELPERS)
 TESTS += $(SUITES) $(FUZZ_TARGETS) $(SCRIPT_TESTS)
 EXTRA_DIST += $(SCRIPT_TESTS) tests/fuzz/README.md
-
-fuzzers: $(BUILT_SOURCES) $(FUZZ_TARGETS)
-.PHONY: fuzzers
 
 AM_TESTS_ENVIRONMENT = \
 	KVD_SRCDIR='$(abs_top_srcdir)'; export KVD_SRCDIR; \
