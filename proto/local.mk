@@ -1,6 +1,10 @@
 # libkvdproto: what is said. The protobuf-c code is generated into the build folder.
 noinst_LTLIBRARIES += libkvdproto.la
-libkvdproto_la_SOURCES =
+libkvdproto_la_SOURCES = \
+	proto/frame.c proto/frame.h \
+	proto/key.c proto/key.h \
+	proto/lookup.c proto/lookup.h \
+	proto/shm.h
 nodist_libkvdproto_la_SOURCES = proto/kvd.pb-c.c proto/kvd.pb-c.h
 
 BUILT_SOURCES += proto/kvd.pb-c.h
