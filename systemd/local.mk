@@ -1,1 +1,24 @@
-# Units and what they need.
+# Units and what they need. The paths in them come from configure; docs/operations.md says how to adapt them.
+systemdsystemunit_DATA = systemd/kvd.service systemd/kvd.socket
+
+EXTRA_DIST += systemd/kvd.service.in systemd/kvd.socket.in systemd/kvd.sysusers systemd/kvd.tmpfiles
+CLEANFILES += systemd/kvd.service systemd/kvd.socket
+
+UNIT_EDIT = $(MKDIR_P) systemd && \
+	$(SED) -e 's|@bindir[@]|$(bindir)|g' -e 's|@sysconfdir[@]|$(sysconfdir)|g'
+
+systemd/kvd.service: systemd/kvd.service.in Makefile
+	$(AM_V_GEN)$(UNIT_EDIT) $(srcdir)/systemd/kvd.service.in > $@.tmp && mv $@.tmp $@
+systemd/kvd.socket: systemd/kvd.socket.in Makefile
+	$(AM_V_GEN)$(UNIT_EDIT) $(srcdir)/systemd/kvd.socket.in > $@.tmp && mv $@.tmp $@
+
+# Both are called kvd.conf where they go, and nothing here, so they are renamed on the way.
+install-data-local: install-systemd-conf
+install-systemd-conf:
+	$(MKDIR_P) '$(DESTDIR)$(sysusersdir)' '$(DESTDIR)$(tmpfilesdir)'
+	$(INSTALL_DATA) $(srcdir)/systemd/kvd.sysusers '$(DESTDIR)$(sysusersdir)/kvd.conf'
+	$(INSTALL_DATA) $(srcdir)/systemd/kvd.tmpfiles '$(DESTDIR)$(tmpfilesdir)/kvd.conf'
+uninstall-local: uninstall-systemd-conf
+uninstall-systemd-conf:
+	rm -f '$(DESTDIR)$(sysusersdir)/kvd.conf' '$(DESTDIR)$(tmpfilesdir)/kvd.conf'
+.PHONY: install-systemd-conf uninstall-systemd-conf

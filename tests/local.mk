@@ -34,6 +34,9 @@ endif
 
 # ---- suites (one group of lines a suite, in the order of the layers) ----
 
+# ---- scripts ----
+SCRIPT_TESTS += tests/test_units.sh
+
 # ---- the end: what make check builds and runs ----
 check_PROGRAMS += $(SUITES) $(FUZZ_TARGETS) $(TEST_HELPERS)
 TESTS += $(SUITES) $(FUZZ_TARGETS) $(SCRIPT_TESTS)
