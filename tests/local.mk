@@ -42,6 +42,10 @@ check_PROGRAMS += $(SUITES) $(FUZZ_TARGETS) $(TEST_HELPERS)
 TESTS += $(SUITES) $(FUZZ_TARGETS) $(SCRIPT_TESTS)
 EXTRA_DIST += $(SCRIPT_TESTS) tests/fuzz/README.md
 
+# A guard against a test that hangs, far above what any takes; it ends the test's whole process group.
+LOG_COMPILER = timeout
+AM_LOG_FLAGS = --kill-after=10 1800
+
 AM_TESTS_ENVIRONMENT = \
 	KVD_SRCDIR='$(abs_top_srcdir)'; export KVD_SRCDIR; \
 	KVD_BUILDDIR='$(abs_top_builddir)'; export KVD_BUILDDIR;
