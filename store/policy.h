@@ -82,7 +82,8 @@ struct policy_ops {
     int (*victim)(struct policy *p, uint32_t *ret_id);
 
     /* The caller's answer. evicted: it has left (PENDING -> ABSENT), a policy may remember its key. keep: it is leased, so it stays
-     * as if it had been hit just now (PENDING -> EVICTABLE), behind all that could leave instead. */
+     * (PENDING -> EVICTABLE) as if it had been hit just now, at an inserting end: victim() meets others first, if there are any, and
+     * a caller that is refused n_evictable times in a row has asked about every id. */
     void (*evicted)(struct policy *p, uint32_t id);
     void (*keep)(struct policy *p, uint32_t id);
 
