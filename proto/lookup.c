@@ -204,3 +204,14 @@ bool lookup_confirm(const struct lookup_view *view, uint32_t entry, uint32_t gen
     atomic_thread_fence(memory_order_seq_cst);
     return atomic_load_explicit(&view->entries[entry].gen, memory_order_acquire) == gen;
 }
+
+size_t lookup_confirm_many(const struct lookup_view *view, const struct lookup_hit *hits, size_t n)
+{
+    size_t i = 0;
+
+    atomic_thread_fence(memory_order_seq_cst); /* as in lookup_confirm() */
+    while (i < n &&
+           atomic_load_explicit(&view->entries[hits[i].entry].gen, memory_order_acquire) == hits[i].gen)
+        i++;
+    return i;
+}

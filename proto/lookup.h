@@ -61,4 +61,7 @@ size_t lookup_find_many(const struct lookup_view *view, const uint8_t *keys, siz
  * the generation again. False: the entry was retired in between; the caller clears its word and has a miss. */
 bool lookup_confirm(const struct lookup_view *view, uint32_t entry, uint32_t gen);
 
+/* The same for n leases behind one fence. Returns how many hold before the first that was retired (n: all of them). */
+size_t lookup_confirm_many(const struct lookup_view *view, const struct lookup_hit *hits, size_t n);
+
 #endif

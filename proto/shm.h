@@ -143,7 +143,10 @@ struct shm_page_header {
     _Atomic uint64_t n_load_bytes;
     _Atomic uint64_t n_stale;         /* look-ups lost to an eviction in between */
     _Atomic uint64_t n_corrupt;       /* payloads whose checksum did not match when asked to verify */
-    uint8_t pad1[4096 - 128 - 56];
+    /* The one word that the daemon writes later: non-zero once it has given up this worker (and before it lets go of its
+     * leases), so that a worker cut off while the daemon lives sees it without a system call and trusts no lease any more. */
+    _Atomic uint32_t revoked;
+    uint8_t pad1[4096 - 128 - 60];
 };
 static_assert(sizeof(struct shm_page_header) == 4096, "page header is a page");
 
