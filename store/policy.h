@@ -81,9 +81,9 @@ struct policy_ops {
     /* Takes the next id to leave off its queue (EVICTABLE -> PENDING). -ENOENT if nothing is evictable. */
     int (*victim)(struct policy *p, uint32_t *ret_id);
 
-    /* The caller's answer. evicted: it has left (PENDING -> ABSENT), a policy may remember its key. keep: it is leased, so it stays
-     * (PENDING -> EVICTABLE) as if it had been hit just now, at an inserting end: victim() meets others first, if there are any, and
-     * a caller that is refused n_evictable times in a row has asked about every id. */
+    /* The caller's answer. evicted: it has left (PENDING -> ABSENT); a policy may remember its key. keep: it is leased, so it stays,
+     * as if it had been hit just now (PENDING -> EVICTABLE). Among n_present answers of keep in a row, every id that is evictable
+     * has been asked about: who then still finds no room knows that there is none. */
     void (*evicted)(struct policy *p, uint32_t id);
     void (*keep)(struct policy *p, uint32_t id);
 

@@ -12,13 +12,16 @@
  *   S2  n_in[k] counts the ids whose node says queue k and that are not PENDING: linked there or set aside from there. Set-aside
  *       ids take room, so shares are of what is present, not of what is linked.
  *   S3  victim() takes from the small queue while that holds more than its share of what is present, else from main; from the
- *       other one if the first has nothing evictable.
+ *       other one if the first has nothing evictable, or if main has been refused (keep) as many times in a row as it has ids.
  *   S4  The ghost remembers what left by the small queue, for as many evictions as main's share of what is present.
  *   S5  A PARKED id goes through promotion, decay and reinsertion like any other. Only where it would have been the victim is it
  *       set aside, with its queue and its freq; unparked, it stands at the evicting end of that queue again.
  *
+ *   S6  keep puts the id at main's inserting end with the highest freq: it then comes to its turn again after every id that was in
+ *       main before it, whatever their freq.
+ *
  * Amortised cost (P4): victim() looks at an id and either returns it (one a call), or sets it aside (once for each insert, unpark or
- * keep that brought it into a queue), or moves it on (which takes from freq what a hit put there). insert() and evicted() look at one
+ * keep that brought it into a queue), or moves it on (which takes from freq what a hit or keep put there). insert() and evicted() look at one
  * bucket of the ghost. */
 #include "store/policy.h"
 #include "store/policy-t.h"
@@ -37,6 +40,7 @@ struct s3 {
     struct policy base;
     struct policy_queue q[S3_N_QUEUES];
     uint32_t n_in[S3_N_QUEUES];
+    uint32_t n_refused; /* keeps since the last evicted */
     struct ghost ghost; /* its slots follow the nodes */
     struct policy_node nodes[];
 };
@@ -176,11 +180,11 @@ static bool s3_scan(struct s3 *s, unsigned k, uint32_t *ret_id)
 static int s3_victim(struct policy *p, uint32_t *ret_id)
 {
     struct s3 *s = s3_enter(p);
-    unsigned first = s->n_in[S3_SMALL] > s3_small_share(s) ? S3_SMALL : S3_MAIN;
+    bool small = s->n_in[S3_SMALL] > s3_small_share(s) || s->n_refused >= s->n_in[S3_MAIN];
 
     /* A scan that finds nothing leaves its queue empty; but small's may have moved ids to main. */
-    if (s3_scan(s, first, ret_id) || s3_scan(s, S3_MAIN, ret_id) || s3_scan(s, S3_SMALL, ret_id) ||
-        s3_scan(s, S3_MAIN, ret_id))
+    if (s3_scan(s, small ? S3_SMALL : S3_MAIN, ret_id) || s3_scan(s, S3_MAIN, ret_id) ||
+        s3_scan(s, S3_SMALL, ret_id) || s3_scan(s, S3_MAIN, ret_id))
         return 0;
     return -ENOENT;
 }
@@ -191,6 +195,7 @@ static void s3_evicted(struct policy *p, uint32_t id)
     struct policy_node *x = s3_node(s, id);
 
     policy_move(p, x, POLICY_PENDING, POLICY_ABSENT);
+    s->n_refused = 0;
     if (x->queue == S3_SMALL) {
         p->n_steps++;
         ghost_add(&s->ghost, x->tag);
@@ -204,8 +209,8 @@ static void s3_keep(struct policy *p, uint32_t id)
     struct policy_node *x = s3_node(s, id);
 
     policy_move(p, x, POLICY_PENDING, POLICY_EVICTABLE);
-    if (x->freq < S3_FREQ_MAX)
-        x->freq++;
+    s->n_refused += s->n_refused < UINT32_MAX;
+    x->freq = S3_FREQ_MAX;
     s3_enqueue(s, id, S3_MAIN);
 }
 

@@ -37,6 +37,10 @@ endif
 # ---- scripts ----
 SCRIPT_TESTS += tests/test_units.sh
 
+SUITES += tests/check_policy
+tests_check_policy_SOURCES = tests/check_policy.c tests/policy_model.c tests/policy_model.h
+tests_check_policy_LDADD = $(KVD_STORE_LIBS) $(TEST_LIBS)
+
 # ---- the end: what make check builds and runs ----
 check_PROGRAMS += $(SUITES) $(FUZZ_TARGETS) $(TEST_HELPERS)
 TESTS += $(SUITES) $(FUZZ_TARGETS) $(SCRIPT_TESTS)
