@@ -1,7 +1,17 @@
 # libkvdkernels: numbers. Everything is built for the x86-64 baseline except the variants, one library an instruction set.
-noinst_LTLIBRARIES += libkvdkernels.la libkvdkernels_avx2.la libkvdkernels_avx512.la
-libkvdkernels_la_SOURCES =
-libkvdkernels_la_LIBADD = libkvdkernels_avx2.la libkvdkernels_avx512.la
+noinst_LTLIBRARIES += libkvdkernels.la libkvdkernels_sse42.la libkvdkernels_avx2.la libkvdkernels_avx512.la
+libkvdkernels_la_SOURCES = \
+	kernels/cpu.c kernels/cpu.h \
+	kernels/crc32c.c kernels/crc32c.h \
+	kernels/codec/codec.c kernels/codec/codec.h \
+	kernels/codec/codec_num.h \
+	kernels/codec/codec_scalar.c \
+	kernels/codec/codec_tab.c kernels/codec/codec_tab.h \
+	kernels/codec/tile.c kernels/codec/tile.h
+libkvdkernels_la_LIBADD = libkvdkernels_sse42.la libkvdkernels_avx2.la libkvdkernels_avx512.la
+
+libkvdkernels_sse42_la_SOURCES = kernels/crc32c_sse42.c
+libkvdkernels_sse42_la_CFLAGS = $(AM_CFLAGS) -msse4.2 -mpclmul
 
 libkvdkernels_avx2_la_SOURCES =
 libkvdkernels_avx2_la_CFLAGS = $(AM_CFLAGS) -mavx2 -mfma -mf16c -mbmi -mbmi2

@@ -1,0 +1,46 @@
+#include "kernels/codec/codec_tab.h"
+
+#define L0 0.128395f
+#define L1 0.388048f
+#define L2 0.656759f
+#define L3 0.942340f
+#define L4 1.256231f
+#define L5 1.618046f
+#define L6 2.069017f
+#define L7 2.732590f
+#define MID(a, b) (((a) + (b)) * 0.5f)
+
+const float codec_tq4_level[8] = {L0, L1, L2, L3, L4, L5, L6, L7};
+const float codec_tq4_mid[7] = {MID(L0, L1), MID(L1, L2), MID(L2, L3), MID(L3, L4), MID(L4, L5), MID(L5, L6), MID(L6, L7)};
+const float codec_tq4_square[8] = {L0 * L0, L1 * L1, L2 * L2, L3 * L3, L4 * L4, L5 * L5, L6 * L6, L7 * L7};
+
+#define M0 0.2450942f
+#define M1 0.7560052f
+#define M2 1.3439093f
+#define M3 2.1519457f
+
+const float codec_tq3_level[4] = {M0, M1, M2, M3};
+const float codec_tq3_mid[3] = {MID(M0, M1), MID(M1, M2), MID(M2, M3)};
+const float codec_tq3_square[4] = {M0 * M0, M1 * M1, M2 * M2, M3 * M3};
+
+/* The first 16 outputs of splitmix64 seeded with 0x6b7664. */
+const uint64_t codec_sign[16] = {
+    0x5226fe6a619aa8f8ull, 0x524e3ee3b047b5f7ull, 0x4d1fa455d6dd9c19ull, 0x63199c41f17c42dfull,
+    0xa4f590c8214fb1c5ull, 0xcc141a410d478ac1ull, 0x81beca3657d9087cull, 0x56490cab1ba90845ull,
+    0x4f51944606647e8eull, 0x8b0ae183301c6ddaull, 0xb3d8764d67b63d69ull, 0x6103ed8865828665ull,
+    0xb202c6ce42d157bcull, 0x6f729fecb434e27full, 0xa4bbc7d18d308d29ull, 0x95cde24f9d89fa64ull,
+};
+
+#define RSQRT2 0.70710678118654752440f
+const float codec_rsqrt[11] = {1.0f,      RSQRT2,         0.5f,     RSQRT2 / 2,    0.25f,     RSQRT2 / 4,
+                               0.125f,    RSQRT2 / 8,     0.0625f,  RSQRT2 / 16,   0.03125f};
+
+const float codec_kc4_steps[2][16] = {
+    {0, 1, 2, 3, 4, 5, 6, 7, -7, -6, -5, -4, -3, -2, -1, 0},
+    {-12, -11, -10, -9, -8, -6, -4, 0, 12, 11, 10, 9, 8, 6, 4, 0},
+};
+const uint16_t codec_kc4_from_high[2] = {0xff00, 0x00ff};
+const float codec_kc4_span[2] = {15, 24};
+
+const float codec_e2m1[16] = {0, 0.5f, 1, 1.5f, 2, 3, 4, 6, -0.0f, -0.5f, -1, -1.5f, -2, -3, -4, -6};
+const uint8_t codec_e2m1_mag[16] = {0, 1, 1, 2, 2, 3, 3, 4, 4, 4, 5, 5, 5, 5, 6, 6};
