@@ -16,6 +16,7 @@
  *     RESERVED  has entry, slot and parent; a job fills the slot; not in a bucket; gen odd (rule I2: not visible)
  *     VALID     in its bucket, gen even, payload and CRC complete (I2); its slot does not move (I3)
  *     RETIRING  gen odd, in its bucket still, for the length of one call
+ *     (ZOMBIE   a block found bad while it was leased: out of its bucket, freed when the last lease is gone)
  *
  * Invariants (cache_assert_valid()):
  *   C1  every VALID entry is found by lookup_find() under its own key, space and group
@@ -33,10 +34,10 @@
 #include "proto/key.h"
 #include "proto/shm.h"
 #include "store/policy.h"
+#include "store/slab.h"
 #include "store/space.h"
 
 struct cache;
-struct budget; /* host bytes shared by all tenants: see store/slab.h */
 
 enum { CACHE_NONE = UINT32_MAX };
 
@@ -68,6 +69,11 @@ int cache_slab_fd(const struct cache *cache, uint32_t slab, uint64_t *ret_bytes)
 /* The daemon's own mapping of a location; NULL if there is none. */
 void *cache_at(const struct cache *cache, uint64_t loc);
 void cache_set_quota(struct cache *cache, uint64_t quota_bytes);
+/* Making a slab takes milliseconds, for which the loop must not stand still: would one made ahead by a job be of use, and of what
+ * size? The job calls slab_memory_create() with the budget's huge page and NUMA settings; the loop gives the result. What is not
+ * needed any more is released at once. */
+bool cache_spare_wanted(const struct cache *cache, uint64_t *ret_bytes);
+void cache_spare_give(struct cache *cache, struct slab_memory *memory);
 
 /* ---- Workers' pages (lease table, hit log) ---- */
 
@@ -128,8 +134,8 @@ struct cache_slot {
  * -EDQUOT (space quota), -ENOMEM. */
 int cache_reserve(struct cache *cache, struct space *space, uint8_t group, const uint8_t key[KEY_BYTES],
                   const uint8_t parent[KEY_BYTES], bool first, struct cache_slot *ret_slot);
-/* Makes it visible. The slot is gone afterwards. */
-void cache_commit(struct cache *cache, struct cache_slot *slot);
+/* Makes it visible; the slot is gone afterwards. -ENOSPC: the index has no place for this key; then it is as if aborted. */
+int cache_commit(struct cache *cache, struct cache_slot *slot);
 /* Gives it back; children that wait for it lose their parent and are aborted by their own publish. */
 void cache_abort(struct cache *cache, struct cache_slot *slot);
 
@@ -153,9 +159,12 @@ struct cache_entry_info {
     uint64_t idle_usec;
     uint64_t age_usec;
     void *payload;             /* the daemon's mapping */
+    bool is_leaf;
+    uint32_t parent_entry;     /* CACHE_NONE: none */
 };
-/* False: not VALID. */
+/* False: not VALID. The brief form leaves n_leases 0, whose count reads all lease tables. */
 bool cache_entry_info(const struct cache *cache, uint32_t entry, struct cache_entry_info *ret);
+bool cache_entry_brief(const struct cache *cache, uint32_t entry, struct cache_entry_info *ret);
 uint32_t cache_n_entries(const struct cache *cache); /* for walks: 0 .. n - 1, in slices */
 
 /* Retires up to n entries at once: one fence and one pass over all lease tables for all of them. Entries that are not VALID, have

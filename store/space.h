@@ -23,7 +23,7 @@ enum { SPACE_GROUPS_MAX = 16, SPACE_LAYERS_MAX = 1024, SPACE_BLOCK_TOKENS_MAX = 
 
 struct space_layer_desc {
     uint32_t n_kv_heads, dim_k, dim_v, group;
-    const char *codec_k, *codec_v, *codec_first_k, *codec_first_v; /* NULL or "": see libkvd/kvd.h */
+    const char *codec_k, *codec_v, *codec_first_k, *codec_first_v; /* as payload_layer_codecs() takes them */
 };
 /* What a client says; borrowed for the call. */
 struct space_desc {
@@ -44,8 +44,7 @@ struct space {
     uint32_t block_tokens, vocab_tokens, digest_bytes;
     uint32_t n_groups, n_layers;
     uint32_t window_tokens[SPACE_GROUPS_MAX];
-    struct payload_layer *layers;       /* n_layers: heads, dims, codecs */
-    uint32_t *layer_group;              /* n_layers */
+    struct payload_layer *layers;       /* n_layers: heads, dims, group, codecs */
     struct payload_layout *plain[SPACE_GROUPS_MAX]; /* a group's blocks */
     struct payload_layout *first[SPACE_GROUPS_MAX]; /* a group's first block of a chain */
 };
