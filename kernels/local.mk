@@ -19,3 +19,4 @@ libkvdkernels_avx2_la_CFLAGS = $(AM_CFLAGS) -mavx2 -mfma -mf16c -mbmi -mbmi2
 libkvdkernels_avx512_la_SOURCES =
 libkvdkernels_avx512_la_CFLAGS = $(AM_CFLAGS) -mavx2 -mfma -mf16c -mbmi -mbmi2 \
 	-mavx512f -mavx512bw -mavx512vl -mavx512dq
+libkvdkernels_la_SOURCES += kernels/codec/payload.c kernels/codec/payload.h
