@@ -1,4 +1,5 @@
-# Benches: BENCHES += bench/x, bench_x_SOURCES, bench_x_LDADD.
+# Benches: BENCHES += bench/bench_x, bench_bench_x_SOURCES, bench_bench_x_LDADD; a script: SCRIPT_BENCHES += bench/bench_x.sh.
+# `./dev bench x` builds and runs it, with KVD_SRCDIR, KVD_BUILDDIR and KVD_CACHE in the environment.
 
 BENCHES += bench/bench_replay
 bench_bench_replay_SOURCES = bench/bench_replay.c bench/replay_trace.c bench/replay_trace.h bench/svg_plot.c bench/svg_plot.h \
