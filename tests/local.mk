@@ -34,6 +34,10 @@ endif
 
 # ---- suites (one group of lines a suite, in the order of the layers) ----
 
+SUITES += tests/check_cache
+tests_check_cache_SOURCES = tests/check_cache.c
+tests_check_cache_LDADD = $(KVD_STORE_LIBS) $(TEST_LIBS)
+
 # ---- scripts ----
 SCRIPT_TESTS += tests/test_units.sh
 
