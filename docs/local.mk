@@ -1,1 +1,2 @@
 # Manual pages and documents.
+dist_doc_DATA += README.md docs/operations.md
