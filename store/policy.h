@@ -82,8 +82,8 @@ struct policy_ops {
     int (*victim)(struct policy *p, uint32_t *ret_id);
 
     /* The caller's answer. evicted: it has left (PENDING -> ABSENT); a policy may remember its key. keep: it is leased, so it stays,
-     * as if it had been hit just now (PENDING -> EVICTABLE). Among n_present answers of keep in a row, every id that is evictable
-     * has been asked about: who then still finds no room knows that there is none. */
+     * as if it had been hit just now (PENDING -> EVICTABLE). While all answers are keep, no id is asked about twice before every
+     * evictable one has been asked about once: who is refused n_evictable times in a row knows that there is no room. */
     void (*evicted)(struct policy *p, uint32_t id);
     void (*keep)(struct policy *p, uint32_t id);
 

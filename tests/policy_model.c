@@ -53,6 +53,7 @@ void model_deinit(struct model *m)
     free(m->ghost_when);
     free(m->q[0].v);
     free(m->q[1].v);
+    free(m->q[2].v);
     free(m->ids);
 }
 
@@ -75,9 +76,14 @@ static uint32_t present_in(const struct model *m, int k)
     return n;
 }
 
+static uint32_t total(const struct model *m)
+{
+    return present_in(m, 0) + present_in(m, 1) + present_in(m, 2);
+}
+
 static uint32_t small_share(const struct model *m)
 {
-    return (present_in(m, 0) + present_in(m, 1)) / 10;
+    return total(m) / 2;
 }
 
 static void enqueue(struct model *m, uint32_t id, int k)
@@ -90,7 +96,7 @@ static bool dequeue(struct model *m, uint32_t id)
 {
     size_t at;
 
-    for (int k = 0; k < 2; k++)
+    for (int k = 0; k < 3; k++)
         if (list_find(&m->q[k], id, &at)) {
             list_take(&m->q[k], at);
             return true;
@@ -119,7 +125,7 @@ void model_insert(struct model *m, uint32_t id, uint64_t key_hash)
     if (m->s3 && list_find(&m->ghost[b], fp, &at)) {
         /* The new one counts as present, but it stands in no queue yet. */
         m->ids[id].state = MODEL_ABSENT;
-        known = m->n_evicted - m->ghost_when[b].v[at] < present_in(m, 0) + present_in(m, 1) - small_share(m);
+        known = m->n_evicted - m->ghost_when[b].v[at] < total(m) - small_share(m);
         m->ids[id].state = MODEL_EVICTABLE;
         if (known)
             ghost_forget(m, b, at);
@@ -153,7 +159,7 @@ void model_unpark(struct model *m, uint32_t id)
     size_t at;
 
     m->ids[id].state = MODEL_EVICTABLE;
-    if (!list_find(&m->q[0], id, &at) && !list_find(&m->q[1], id, &at))
+    if (!list_find(&m->q[0], id, &at) && !list_find(&m->q[1], id, &at) && !list_find(&m->q[2], id, &at))
         list_insert(&m->q[m->ids[id].queue], 0, id, m->n_max);
 }
 
@@ -164,7 +170,7 @@ static bool scan(struct model *m, int k, uint32_t *ret_id)
         struct model_id *x = &m->ids[id];
 
         list_take(&m->q[k], 0);
-        if (m->s3 && k == 0 && x->freq >= 2) {
+        if (m->s3 && k == 0 && x->freq >= 1) {
             x->freq = 0;
             enqueue(m, id, 1);
         } else if (m->s3 && k == 1 && x->freq >= 1) {
@@ -174,6 +180,8 @@ static bool scan(struct model *m, int k, uint32_t *ret_id)
             x->state = MODEL_PENDING;
             *ret_id = id;
             return true;
+        } else if (k == 2) {
+            x->queue = 1;
         }
     }
     return false;
@@ -181,13 +189,9 @@ static bool scan(struct model *m, int k, uint32_t *ret_id)
 
 bool model_victim(struct model *m, uint32_t *ret_id)
 {
-    bool small_first = present_in(m, 0) > small_share(m) || m->n_refused >= present_in(m, 1);
+    bool main_first = m->s3 && present_in(m, 0) <= small_share(m);
 
-    if (!m->s3)
-        return scan(m, 0, ret_id);
-    if (small_first && scan(m, 0, ret_id))
-        return true;
-    return scan(m, 1, ret_id) || scan(m, 0, ret_id) || scan(m, 1, ret_id);
+    return (main_first && scan(m, 1, ret_id)) || scan(m, 0, ret_id) || scan(m, 1, ret_id) || scan(m, 2, ret_id);
 }
 
 void model_evicted(struct model *m, uint32_t id)
@@ -197,7 +201,12 @@ void model_evicted(struct model *m, uint32_t id)
     size_t at;
 
     x->state = MODEL_ABSENT;
-    m->n_refused = 0;
+    if (m->q[2].n > 0) {
+        uint32_t rested = m->q[2].v[0];
+
+        list_take(&m->q[2], 0);
+        enqueue(m, rested, 1);
+    }
     if (!m->s3 || x->queue != 0)
         return;
     m->n_evicted++;
@@ -212,7 +221,6 @@ void model_evicted(struct model *m, uint32_t id)
 void model_keep(struct model *m, uint32_t id)
 {
     m->ids[id].state = MODEL_EVICTABLE;
-    m->ids[id].freq = 3;
-    m->n_refused++;
-    enqueue(m, id, m->s3 ? 1 : 0);
+    m->ids[id].freq += m->s3 && m->ids[id].freq < 3;
+    enqueue(m, id, m->s3 ? 2 : 0);
 }

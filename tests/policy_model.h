@@ -11,7 +11,7 @@ enum model_state { MODEL_ABSENT, MODEL_EVICTABLE, MODEL_PARKED, MODEL_PENDING };
 
 struct model_id {
     enum model_state state;
-    int queue; /* 0 small (or LRU's only one), 1 main */
+    int queue; /* 0 small (or LRU's only one), 1 main, 2 resting */
     unsigned freq;
     uint32_t fp;
 };
@@ -23,9 +23,9 @@ struct model_list { /* [0] leaves first */
 
 struct model {
     bool s3;
-    uint32_t n_max, n_refused;
+    uint32_t n_max;
     struct model_id *ids;
-    struct model_list q[2];
+    struct model_list q[3];
     struct model_list *ghost; /* a list of fingerprints for each bucket, and when each was added */
     struct model_list *ghost_when;
     uint32_t n_buckets, n_evicted;
