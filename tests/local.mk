@@ -34,6 +34,14 @@ endif
 
 # ---- suites (one group of lines a suite, in the order of the layers) ----
 
+SUITES += tests/check_proto
+tests_check_proto_SOURCES = tests/check_proto.c
+tests_check_proto_LDADD = $(KVD_PROTO_LIBS) $(CRYPTO_LIBS) $(TEST_LIBS)
+
+SUITES += tests/check_store
+tests_check_store_SOURCES = tests/check_store.c
+tests_check_store_LDADD = $(KVD_STORE_LIBS) $(TEST_LIBS)
+
 SUITES += tests/check_cache
 tests_check_cache_SOURCES = tests/check_cache.c
 tests_check_cache_LDADD = $(KVD_STORE_LIBS) $(TEST_LIBS)
