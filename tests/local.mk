@@ -5,11 +5,13 @@
 #   tests_check_idx_LDADD = $(KVD_STORE_LIBS) $(TEST_LIBS)
 #
 # Programs that a suite starts itself go to TEST_HELPERS in the same way.
-# A script is two: SCRIPT_TESTS += tests/test_units.sh (executable; it goes into the tarball by itself).
+# A script is one: SCRIPT_TESTS += tests/test_x.sh (executable; it goes into the tarball by itself), or PLAIN_SCRIPT_TESTS if
+# sanitizers have nothing to find in what it does.
 # Each runs with KVD_SRCDIR and KVD_BUILDDIR in its environment, both absolute.
 TEST_LIBS = $(CHECK_LIBS)
 SUITES =
 SCRIPT_TESTS =
+PLAIN_SCRIPT_TESTS =
 TEST_HELPERS =
 
 # ---- fuzz targets: see tests/fuzz/README.md ----
@@ -47,7 +49,7 @@ tests_check_cache_SOURCES = tests/check_cache.c
 tests_check_cache_LDADD = $(KVD_STORE_LIBS) $(TEST_LIBS)
 
 # ---- scripts ----
-SCRIPT_TESTS += tests/test_units.sh
+PLAIN_SCRIPT_TESTS += tests/test_units.sh
 
 SUITES += tests/check_policy
 tests_check_policy_SOURCES = tests/check_policy.c tests/policy_model.c tests/policy_model.h
@@ -56,7 +58,10 @@ tests_check_policy_LDADD = $(KVD_STORE_LIBS) $(TEST_LIBS)
 # ---- the end: what make check builds and runs ----
 check_PROGRAMS += $(SUITES) $(FUZZ_TARGETS) $(TEST_HELPERS)
 TESTS += $(SUITES) $(FUZZ_TARGETS) $(SCRIPT_TESTS)
-EXTRA_DIST += $(SCRIPT_TESTS) tests/fuzz/README.md
+if !SANITIZED
+TESTS += $(PLAIN_SCRIPT_TESTS)
+endif
+EXTRA_DIST += $(SCRIPT_TESTS) $(PLAIN_SCRIPT_TESTS) tests/fuzz/README.md
 
 # A guard against a test that hangs, far above what any takes; it ends the test's whole process group.
 LOG_COMPILER = timeout
