@@ -13,12 +13,17 @@
 
 #include "client/libkvd/kvd.h"
 
+void raw_init(struct raw *r)
+{
+    memset(r, 0, sizeof(*r));
+    r->fd = r->page_fd = r->index_fd = -1;
+}
+
 int raw_connect(struct raw *r, const char *path)
 {
     struct sockaddr_un a = {.sun_family = AF_UNIX};
 
-    memset(r, 0, sizeof(*r));
-    r->page_fd = r->index_fd = -1;
+    raw_init(r);
     snprintf(a.sun_path, sizeof(a.sun_path), "%s", path);
     r->fd = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0);
     if (r->fd < 0)

@@ -31,6 +31,8 @@ struct raw {
     struct lookup_view view;
 };
 
+/* Nothing is open: raw_close() is right from here on. */
+void raw_init(struct raw *r);
 /* Connects only. Returns 0 or -errno. */
 int raw_connect(struct raw *r, const char *path);
 void raw_close(struct raw *r);
