@@ -1,1 +1,36 @@
 # libkvd, kvctl and the engines.
+
+# ---- libkvd: stands on proto and kernels, links libcrypto and protobuf-c, exports what kvd.h declares ----
+lib_LTLIBRARIES += libkvd.la
+libkvd_la_SOURCES = \
+	client/libkvd/kvd.h \
+	client/libkvd/kvd_admin.c \
+	client/libkvd/kvd_codec.c \
+	client/libkvd/kvd_error.c client/libkvd/kvd_error.h \
+	client/libkvd/kvd_flight.c \
+	client/libkvd/kvd_impl.h \
+	client/libkvd/kvd_lease.c client/libkvd/kvd_lease.h \
+	client/libkvd/kvd_life.c client/libkvd/kvd_life.h \
+	client/libkvd/kvd_load.c \
+	client/libkvd/kvd_match.c \
+	client/libkvd/kvd_mux.c client/libkvd/kvd_mux.h \
+	client/libkvd/kvd_prefix.c \
+	client/libkvd/kvd_publish.c \
+	client/libkvd/kvd_session.c \
+	client/libkvd/kvd_space.c \
+	client/libkvd/kvd_staging.c client/libkvd/kvd_staging.h
+libkvd_la_LIBADD = libkvdproto.la libkvdkernels.la $(PROTOBUF_C_LIBS) $(CRYPTO_LIBS) -lpthread -lm
+# current:revision:age; see libtool's manual before touching it. Symbols are never taken away, so age grows with current.
+libkvd_la_LDFLAGS = $(AM_LDFLAGS) -version-info 0:0:0 -Wl,--version-script=$(srcdir)/client/libkvd/libkvd.map
+EXTRA_libkvd_la_DEPENDENCIES = client/libkvd/libkvd.map
+
+include_HEADERS += client/libkvd/kvd.h
+pkgconfig_DATA += client/libkvd/libkvd.pc
+EXTRA_DIST += client/libkvd/libkvd.map client/libkvd/libkvd.pc.in
+CLEANFILES += client/libkvd/libkvd.pc
+
+client/libkvd/libkvd.pc: client/libkvd/libkvd.pc.in Makefile
+	@$(MKDIR_P) client/libkvd
+	$(AM_V_GEN)$(SED) -e 's|@prefix[@]|$(prefix)|g' -e 's|@exec_prefix[@]|$(exec_prefix)|g' \
+		-e 's|@libdir[@]|$(libdir)|g' -e 's|@includedir[@]|$(includedir)|g' \
+		-e 's|@PACKAGE_VERSION[@]|$(PACKAGE_VERSION)|g' $(srcdir)/client/libkvd/libkvd.pc.in > $@.tmp && mv $@.tmp $@

@@ -21,6 +21,9 @@
 #ifdef __cplusplus
 extern "C" {
 #endif
+#if defined(__GNUC__)
+#pragma GCC visibility push(default)
+#endif
 
 #define KVD_VERSION_MAJOR 1
 #define KVD_KEY_BYTES 32
@@ -331,6 +334,9 @@ int kvd_admin_drain(kvd *session, int undo);
 int kvd_admin_config(kvd *session, const char *name, const char *value,
                      int (*each)(void *ctx, const struct kvd_option_info *), void *ctx);
 
+#if defined(__GNUC__)
+#pragma GCC visibility pop
+#endif
 #ifdef __cplusplus
 }
 #endif
