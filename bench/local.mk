@@ -5,3 +5,7 @@ BENCHES += bench/bench_replay
 bench_bench_replay_SOURCES = bench/bench_replay.c bench/replay_trace.c bench/replay_trace.h bench/svg_plot.c bench/svg_plot.h \
 	bench/bench.h
 bench_bench_replay_LDADD = $(KVD_STORE_LIBS)
+
+BENCHES += bench/bench_codec
+bench_bench_codec_SOURCES = bench/bench_codec.c bench/bench.h
+bench_bench_codec_LDADD = $(KVD_KERNELS_LIBS)

@@ -48,6 +48,10 @@ SUITES += tests/check_cache
 tests_check_cache_SOURCES = tests/check_cache.c
 tests_check_cache_LDADD = $(KVD_STORE_LIBS) $(TEST_LIBS)
 
+SUITES += tests/check_codec_variants
+tests_check_codec_variants_SOURCES = tests/check_codec_variants.c tests/check_codec_data.h
+tests_check_codec_variants_LDADD = $(KVD_KERNELS_LIBS) $(TEST_LIBS) -lpthread
+
 # ---- scripts ----
 PLAIN_SCRIPT_TESTS += tests/test_units.sh
 

@@ -282,7 +282,10 @@ size_t codec_code_bytes(const struct codec_spec *spec, uint32_t n_tokens, uint32
 
 const struct codec_ops *codec_ops_choose(const struct cpu_features *cpu)
 {
-    (void)cpu;
+    if (cpu && cpu->avx512)
+        return &codec_ops_avx512;
+    if (cpu && cpu->avx2)
+        return &codec_ops_avx2;
     return &codec_ops_scalar;
 }
 

@@ -23,6 +23,19 @@ const float codec_tq3_level[4] = {M0, M1, M2, M3};
 const float codec_tq3_mid[3] = {MID(M0, M1), MID(M1, M2), MID(M2, M3)};
 const float codec_tq3_square[4] = {M0 * M0, M1 * M1, M2 * M2, M3 * M3};
 
+const float codec_tq_value[2][16] = {
+    {-L7, -L6, -L5, -L4, -L3, -L2, -L1, -L0, L0, L1, L2, L3, L4, L5, L6, L7},
+    {-M3, -M2, -M1, -M0, M0, M1, M2, M3, -M3, -M2, -M1, -M0, M0, M1, M2, M3},
+};
+const float codec_tq_tree[2][8] = {
+    {0, MID(L3, L4), MID(L1, L2), MID(L5, L6), MID(L0, L1), MID(L2, L3), MID(L4, L5), MID(L6, L7)},
+    {0, MID(M1, M2), MID(M0, M1), MID(M2, M3)},
+};
+const float codec_tq_leaf_square[2][16] = {
+    {0, 0, 0, 0, 0, 0, 0, 0, L0 * L0, L1 * L1, L2 * L2, L3 * L3, L4 * L4, L5 * L5, L6 * L6, L7 * L7},
+    {0, 0, 0, 0, M0 * M0, M1 * M1, M2 * M2, M3 * M3},
+};
+
 /* The first 16 outputs of splitmix64 seeded with 0x6b7664. */
 const uint64_t codec_sign[16] = {
     0x5226fe6a619aa8f8ull, 0x524e3ee3b047b5f7ull, 0x4d1fa455d6dd9c19ull, 0x63199c41f17c42dfull,

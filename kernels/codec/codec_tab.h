@@ -9,6 +9,11 @@
 extern const float codec_tq4_level[8], codec_tq4_mid[7], codec_tq4_square[8];
 extern const float codec_tq3_level[4], codec_tq3_mid[3], codec_tq3_square[4];
 
+/* The same for variants with vector tables, tq4 first, tq3 second: the level of a code (tq3's table twice); the midpoints as a tree
+ * with its root at 1, so that a descent ends at a leaf 2^bits / 2 + magnitude, which is also the code if the value is not
+ * negative; and the squares by leaf. */
+extern const float codec_tq_value[2][16], codec_tq_tree[2][8], codec_tq_leaf_square[2][16];
+
 /* Bit i % 64 of word i / 64: channel i changes its sign before tq4 and tq3 rotate. */
 extern const uint64_t codec_sign[16];
 
