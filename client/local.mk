@@ -1,8 +1,9 @@
 # libkvd, kvctl and the engines.
 
 # ---- libkvd: stands on proto and kernels, links libcrypto and protobuf-c, exports what kvd.h declares ----
-lib_LTLIBRARIES += libkvd.la
-libkvd_la_SOURCES = \
+# libkvdclient: its objects, so that tests can reach what is not exported.
+noinst_LTLIBRARIES += libkvdclient.la
+libkvdclient_la_SOURCES = \
 	client/libkvd/kvd.h \
 	client/libkvd/kvd_admin.c \
 	client/libkvd/kvd_codec.c \
@@ -19,7 +20,10 @@ libkvd_la_SOURCES = \
 	client/libkvd/kvd_session.c \
 	client/libkvd/kvd_space.c \
 	client/libkvd/kvd_staging.c client/libkvd/kvd_staging.h
-libkvd_la_LIBADD = libkvdproto.la libkvdkernels.la $(PROTOBUF_C_LIBS) $(CRYPTO_LIBS) -lpthread -lm
+
+lib_LTLIBRARIES += libkvd.la
+libkvd_la_SOURCES =
+libkvd_la_LIBADD = libkvdclient.la libkvdproto.la libkvdkernels.la $(PROTOBUF_C_LIBS) $(CRYPTO_LIBS) -lpthread -lm
 # current:revision:age; see libtool's manual before touching it. Symbols are never taken away, so age grows with current.
 libkvd_la_LDFLAGS = $(AM_LDFLAGS) -version-info 0:0:0 -Wl,--version-script=$(srcdir)/client/libkvd/libkvd.map
 EXTRA_libkvd_la_DEPENDENCIES = client/libkvd/libkvd.map
