@@ -52,12 +52,14 @@ SUITES += tests/check_codec_variants
 tests_check_codec_variants_SOURCES = tests/check_codec_variants.c tests/check_codec_data.h
 tests_check_codec_variants_LDADD = $(KVD_KERNELS_LIBS) $(TEST_LIBS) -lpthread
 
-# ---- scripts ----
-PLAIN_SCRIPT_TESTS += tests/test_units.sh
-
 SUITES += tests/check_policy
 tests_check_policy_SOURCES = tests/check_policy.c tests/policy_model.c tests/policy_model.h
 tests_check_policy_LDADD = $(KVD_STORE_LIBS) $(TEST_LIBS)
+
+# ---- scripts ----
+PLAIN_SCRIPT_TESTS += tests/test_units.sh
+PLAIN_SCRIPT_TESTS += tests/test_spin.sh
+EXTRA_DIST += tests/spin/lease.pml
 
 # ---- the end: what make check builds and runs ----
 check_PROGRAMS += $(SUITES) $(FUZZ_TARGETS) $(TEST_HELPERS)
