@@ -2,9 +2,13 @@
 # `./dev bench x` builds and runs it, with KVD_SRCDIR, KVD_BUILDDIR and KVD_CACHE in the environment.
 
 BENCHES += bench/bench_replay
-bench_bench_replay_SOURCES = bench/bench_replay.c bench/replay_trace.c bench/replay_trace.h bench/svg_plot.c bench/svg_plot.h \
-	bench/bench.h
+bench_bench_replay_SOURCES = bench/bench_replay.c bench/replay_sim.c bench/replay_sim.h bench/replay_trace.c bench/replay_trace.h \
+	bench/svg_plot.c bench/svg_plot.h bench/bench.h
 bench_bench_replay_LDADD = $(KVD_STORE_LIBS)
+
+BENCHES += bench/bench_evict_policy
+bench_bench_evict_policy_SOURCES = bench/bench_evict_policy.c bench/bench.h
+bench_bench_evict_policy_LDADD = $(KVD_STORE_LIBS)
 
 BENCHES += bench/bench_codec
 bench_bench_codec_SOURCES = bench/bench_codec.c bench/bench.h

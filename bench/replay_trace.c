@@ -1,4 +1,3 @@
-#define _GNU_SOURCE
 #include "bench/replay_trace.h"
 
 #include "bench/bench.h"

@@ -56,6 +56,19 @@ SUITES += tests/check_policy
 tests_check_policy_SOURCES = tests/check_policy.c tests/policy_model.c tests/policy_model.h
 tests_check_policy_LDADD = $(KVD_STORE_LIBS) $(TEST_LIBS)
 
+SUITES += tests/check_libkvd_parts
+tests_check_libkvd_parts_SOURCES = tests/check_libkvd_parts.c
+tests_check_libkvd_parts_LDADD = $(KVD_CLIENT_LIBS) $(TEST_LIBS)
+
+SUITES += tests/check_libkvd
+tests_check_libkvd_SOURCES = tests/check_libkvd.c tests/fake_daemon.c tests/fake_daemon.h
+tests_check_libkvd_LDADD = libkvdstore.la $(KVD_CLIENT_LIBS) $(TEST_LIBS)
+
+SUITES += tests/check_replay
+tests_check_replay_SOURCES = tests/check_replay.c bench/replay_sim.c bench/replay_sim.h bench/replay_trace.c bench/replay_trace.h \
+	bench/bench.h
+tests_check_replay_LDADD = $(KVD_STORE_LIBS) $(TEST_LIBS)
+
 # ---- scripts ----
 PLAIN_SCRIPT_TESTS += tests/test_units.sh
 PLAIN_SCRIPT_TESTS += tests/test_spin.sh
