@@ -1,3 +1,65 @@
 # libkvddaemon: the daemon without its main(), so that tests can link it.
 noinst_LTLIBRARIES += libkvddaemon.la
 libkvddaemon_la_SOURCES =
+libkvddaemon_la_SOURCES += \
+	daemon/admin.c daemon/admin.h daemon/admin_list.c daemon/admin_walks.c \
+	daemon/daemon.c daemon/daemon.h daemon/errors.h \
+	daemon/fault.c daemon/fault.h \
+	daemon/flight_requests.c daemon/flight_requests.h \
+	daemon/jobs.c daemon/jobs.h \
+	daemon/listener.c daemon/listener.h \
+	daemon/log.c daemon/log.h \
+	daemon/metrics.c daemon/metrics.def daemon/metrics.h \
+	daemon/options.c daemon/options.def daemon/options.h \
+	daemon/options_print.c daemon/options_print.h daemon/options_value.c daemon/options_value.h \
+	daemon/publish.c daemon/publish.h daemon/publish-internal.h daemon/publish_request.c \
+	daemon/reply.c daemon/reply.h daemon/request.c daemon/request.h \
+	daemon/session.c daemon/session.h \
+	daemon/staging.c daemon/staging.h \
+	daemon/tenants.c daemon/tenants.h \
+	daemon/walk.c daemon/walk.h \
+	daemon/wire.c daemon/wire.h \
+	daemon/worker_requests.c
+
+bin_PROGRAMS += kvd
+kvd_SOURCES = daemon/main.c
+kvd_CPPFLAGS = $(AM_CPPFLAGS) -DKVD_DEFAULT_CONFIG='"$(sysconfdir)/kvd/kvd.conf"'
+kvd_LDADD = $(KVD_DAEMON_LIBS)
+if FAULT_POINTS
+# fault.c stands in for these where a test asks for it.
+FAULT_LDFLAGS = -Wl,--wrap=malloc,--wrap=calloc,--wrap=realloc \
+	-Wl,--wrap=memfd_create,--wrap=fallocate,--wrap=mmap,--wrap=sendmsg
+else
+FAULT_LDFLAGS =
+endif
+kvd_LDFLAGS = $(AM_LDFLAGS) $(FAULT_LDFLAGS)
+
+# Manual pages and the example of the configuration file, made from the table of options.
+noinst_PROGRAMS += daemon/options_man
+daemon_options_man_SOURCES = daemon/options_man.c
+daemon_options_man_LDADD = $(KVD_DAEMON_LIBS)
+daemon_options_man_LDFLAGS = $(AM_LDFLAGS) $(FAULT_LDFLAGS)
+
+man_MANS += docs/man/kvd.8 docs/man/kvd.conf.5
+noinst_DATA = daemon/kvd.conf
+EXTRA_DIST += docs/man/kvd.8.in docs/man/kvd.conf.5.in daemon/kvd.conf.in
+CLEANFILES += docs/man/kvd.8 docs/man/kvd.conf.5 daemon/kvd.conf
+
+docs/man/kvd.8: $(srcdir)/docs/man/kvd.8.in daemon/options_man$(EXEEXT)
+	$(AM_V_GEN)$(MKDIR_P) docs/man && daemon/options_man < $(srcdir)/docs/man/kvd.8.in > $@.tmp && mv $@.tmp $@
+docs/man/kvd.conf.5: $(srcdir)/docs/man/kvd.conf.5.in daemon/options_man$(EXEEXT)
+	$(AM_V_GEN)$(MKDIR_P) docs/man && daemon/options_man < $(srcdir)/docs/man/kvd.conf.5.in > $@.tmp && mv $@.tmp $@
+daemon/kvd.conf: $(srcdir)/daemon/kvd.conf.in daemon/options_man$(EXEEXT)
+	$(AM_V_GEN)$(MKDIR_P) daemon && daemon/options_man < $(srcdir)/daemon/kvd.conf.in > $@.tmp && mv $@.tmp $@
+
+# A configuration that is there already is somebody's: it stays.
+install-data-local: install-kvd-conf
+install-kvd-conf: daemon/kvd.conf
+	$(MKDIR_P) '$(DESTDIR)$(sysconfdir)/kvd'
+	test -e '$(DESTDIR)$(sysconfdir)/kvd/kvd.conf' || \
+		$(INSTALL_DATA) daemon/kvd.conf '$(DESTDIR)$(sysconfdir)/kvd/kvd.conf'
+uninstall-local: uninstall-kvd-conf
+uninstall-kvd-conf:
+	cmp -s daemon/kvd.conf '$(DESTDIR)$(sysconfdir)/kvd/kvd.conf' && \
+		rm -f '$(DESTDIR)$(sysconfdir)/kvd/kvd.conf' || true
+.PHONY: install-kvd-conf uninstall-kvd-conf

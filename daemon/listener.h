@@ -1,0 +1,18 @@
+/* The attach socket: passed by the service manager, or made here.
+ *
+ * One that is made here is guarded by PATH.lock: who holds the lock owns the path, a socket file without an owner is left over
+ * from a daemon that died and is replaced. Loop thread only. */
+#ifndef KVD_DAEMON_LISTENER_H
+#define KVD_DAEMON_LISTENER_H
+
+struct daemon;
+struct listener;
+
+/* Listens; every failure is logged with what to do. -errno. */
+int listener_create(struct daemon *d, struct listener **ret);
+/* Takes its own socket file away. NULL allowed; returns NULL. */
+struct listener *listener_destroy(struct listener *listener);
+/* After a pause for want of descriptors: takes connections again. NULL allowed. */
+void listener_resume(struct listener *listener);
+
+#endif

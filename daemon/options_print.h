@@ -1,0 +1,15 @@
+/* The table of options as text: for --help, the manual pages and the example of the file. */
+#ifndef KVD_DAEMON_OPTIONS_PRINT_H
+#define KVD_DAEMON_OPTIONS_PRINT_H
+
+#include <stdio.h>
+
+void options_print_help(FILE *out);
+/* roff list items: the flags of kvd(8) or the keys of kvd.conf(5). */
+void options_print_man_flags(FILE *out);
+void options_print_man_keys(FILE *out);
+void options_print_man_tenant_keys(FILE *out);
+/* A configuration file in which every option stands as a comment with its default. */
+void options_print_example(FILE *out);
+
+#endif
