@@ -72,11 +72,6 @@ VEC void store_nibbles(uint8_t *p, vb codes, uint32_t n)
     memcpy(p, chunk, n / 2);
 }
 
-VEC uint32_t sign_bits(uint32_t i)
-{
-    return (uint32_t)(codec_sign[i / 64] >> (i % 64)) & 0xffffu;
-}
-
 /* ---- rotation ---- */
 
 VEC void wht_stage(vf *r, uint32_t n, uint32_t h)
@@ -182,7 +177,7 @@ static uint32_t log2_of(uint32_t pow2)
 
 static int raw_encode_row(enum codec_dtype stored, enum codec_dtype dtype, const uint8_t *p, uint32_t dim, uint8_t *codes)
 {
-    float x[CODEC_DIM_MAX];
+    _Alignas(64) float x[CODEC_DIM_MAX];
     uint32_t amax;
 
     if (stored == dtype) {
@@ -223,7 +218,8 @@ static int fp8_encode_row(enum codec_dtype dtype, const uint8_t *p, uint32_t dim
 
 static int int8_encode_row(enum codec_dtype dtype, const uint8_t *p, uint32_t dim, uint8_t *side, uint8_t *codes)
 {
-    float x[CODEC_DIM_MAX], limit, scale, inverse;
+    _Alignas(64) float x[CODEC_DIM_MAX];
+    float limit, scale, inverse;
     uint16_t h;
 
     row_load(dtype, p, dim, x);
@@ -244,7 +240,7 @@ static int int8_encode_row(enum codec_dtype dtype, const uint8_t *p, uint32_t di
 static int uq4_encode_row(const struct codec_spec *spec, enum codec_dtype dtype, const uint8_t *p, uint32_t dim, uint8_t *side,
                           uint8_t *codes)
 {
-    float x[CODEC_DIM_MAX];
+    _Alignas(64) float x[CODEC_DIM_MAX];
 
     row_load(dtype, p, dim, x);
     if (spec->rotate) {
@@ -276,7 +272,7 @@ static void uq4_decode_row(const struct codec_spec *spec, const uint8_t *side, c
                            enum codec_dtype dtype, uint8_t *p)
 {
     const vlut table = vlut_load(codec_e2m1);
-    float x[CODEC_DIM_MAX];
+    _Alignas(64) float x[CODEC_DIM_MAX];
 
     for (uint32_t i = 0; i < dim; i += 32) {
         vlut scaled = vlut_scale(table, ue8m0_value(side[i / 32]));
@@ -308,24 +304,24 @@ static void store_triples(uint8_t *p, vb codes, uint32_t n)
     }
 }
 
-/* Codes of n values at x, and the squares of their levels onto squares. */
-VEC vf tq_quantise(const float *x, uint32_t n, float factor, int is_tq3, uint8_t *codes, vf squares)
+/* Codes of n values at y, four vf of them if n is CHUNK, and the squares of their levels onto squares. */
+VEC vf tq_quantise(const vf *y, uint32_t n, vf factor, int is_tq3, uint8_t *codes, vf squares)
 {
-    const vtree tree = vtree_load(codec_tq_tree[is_tq3]);
+    const vcells cells = vcells_load(is_tq3);
     const vlut square = vlut_load(codec_tq_leaf_square[is_tq3]);
     vi code[4] = {vi_zero(), vi_zero(), vi_zero(), vi_zero()};
 
 #pragma GCC unroll 4
     for (uint32_t i = 0; i < 4; i++) {
-        vf y;
+        vf v;
         vi leaf;
 
         if (16 * i >= n)
             break;
-        y = vf_mul(vf_load(x + 16 * i), vf_set1(factor));
-        leaf = vtree_leaf(vf_abs(y), tree, is_tq3 ? 2 : 3);
-        squares = vf_add(squares, vlut_get(square, leaf));
-        code[i] = vi_flip_negative(leaf, y, is_tq3 ? 7 : 15);
+        v = vf_mul(y[i], factor);
+        leaf = vcells_leaf(vf_abs(v), cells);
+        squares = vf_add(squares, vlut_get_low3(square, leaf));
+        code[i] = vi_flip_negative(leaf, v, is_tq3 ? 7 : 15);
     }
     if (is_tq3)
         store_triples(codes, vb_pack(code), n);
@@ -334,82 +330,266 @@ VEC vf tq_quantise(const float *x, uint32_t n, float factor, int is_tq3, uint8_t
     return squares;
 }
 
-VEC int tq_encode_row(int is_tq3, enum codec_dtype dtype, const uint8_t *p, uint32_t dim, uint8_t *side, uint8_t *codes)
+VEC size_t tq_bytes(int is_tq3, uint32_t n)
 {
-    uint32_t block = dim & -dim, i;
-    float x[CODEC_DIM_MAX], norm, factor, scale;
-    vf acc = vf_set1(0);
+    return is_tq3 ? n / 8 * 3 : n / 2;
+}
 
-    for (i = 0; i < dim; i += 16) {
-        vf v = load16(dtype, p, i);
+/* Rotates blocks of 16 n values, which fit into registers, and codes them from there. */
+VEC vf tq_code_fused(const float *x, uint32_t dim, uint32_t n, vf factor, int is_tq3, uint8_t *codes)
+{
+    vf squares = vf_set1(0);
 
-        acc = vf_add(acc, vf_mul(v, v));
-        vf_store(x + i, vf_flip(v, sign_bits(i)));
+    for (uint32_t b = 0; b < dim; b += 16 * n) {
+        vf r[VEC_WHT_REGS];
+
+#pragma GCC unroll 16
+        for (uint32_t i = 0; i < n; i++)
+            r[i] = vf_load(x + b + 16 * i);
+        wht_registers(r, n);
+#pragma GCC unroll 4
+        for (uint32_t i = 0; i < n; i += 4)
+            squares = tq_quantise(r + i, CHUNK, factor, is_tq3, codes + tq_bytes(is_tq3, b + 16 * i), squares);
     }
-    norm = sqrtf(vf_sum16(acc));
-    factor = norm > 0 ? sqrtf((float)(dim / block)) / norm : 0;
+    return squares;
+}
+
+/* Rotates x in place and codes it; the squares of the levels, by lanes. */
+VEC vf tq_code_row(float *x, uint32_t dim, vf factor, int is_tq3, uint8_t *codes)
+{
+    uint32_t block = dim & -dim;
+    vf squares = vf_set1(0);
+
+    if (block == 64)
+        return tq_code_fused(x, dim, 4, factor, is_tq3, codes);
+#if VEC_WHT_REGS > 4
+    if (block == 128)
+        return tq_code_fused(x, dim, 8, factor, is_tq3, codes);
+    if (block == 256)
+        return tq_code_fused(x, dim, 16, factor, is_tq3, codes);
+#endif
     row_wht(x, dim, block);
-    acc = vf_set1(0);
-    for (i = 0; i + CHUNK <= dim; i += CHUNK)
-        acc = tq_quantise(x + i, CHUNK, factor, is_tq3, codes + (is_tq3 ? i / 8 * 3 : i / 2), acc);
-    if (i < dim)
-        acc = tq_quantise(x + i, dim - i, factor, is_tq3, codes + (is_tq3 ? i / 8 * 3 : i / 2), acc);
-    scale = norm / sqrtf(vf_sum16(acc));
-    if (!(scale < 65520.0f))
+    for (uint32_t i = 0; i < dim; i += CHUNK) {
+        uint32_t n = min_u32(CHUNK, dim - i);
+        vf y[4];
+
+        for (uint32_t j = 0; 16 * j < n; j++)
+            y[j] = vf_load(x + i + 16 * j);
+        if (n == CHUNK)
+            squares = tq_quantise(y, CHUNK, factor, is_tq3, codes + tq_bytes(is_tq3, i), squares);
+        else
+            squares = tq_quantise(y, n, factor, is_tq3, codes + tq_bytes(is_tq3, i), squares);
+    }
+    return squares;
+}
+
+/* Rows that are under way together: the square roots and divisions of eight norms are one instruction each, and no row waits for
+ * its own. As many as fit into a buffer of the first-level cache. */
+#define TQ_ROWS 8u
+#define TQ_BUFFER 4096u
+
+/* Copies rows with their signs changed; their sums of squares. */
+VEC void tq_take_rows(enum codec_dtype dtype, const uint8_t *p, size_t stride, uint32_t n_rows, uint32_t dim, float *x, float *sum)
+{
+    for (uint32_t row = 0; row < n_rows; row++, p += stride, x += dim) {
+        vf acc = vf_set1(0);
+
+        for (uint32_t i = 0; i < dim; i += 16) {
+            vf v = load16(dtype, p, i);
+
+            acc = vf_add(acc, vf_mul(v, v));
+            vf_store(x + i, vf_flip(v, codec_sign_mask + i));
+        }
+        sum[row] = vf_sum16(acc);
+    }
+}
+
+static void tq_take(enum codec_dtype dtype, const uint8_t *p, size_t stride, uint32_t n_rows, uint32_t dim, float *x, float *sum)
+{
+    switch (dtype) {
+    case CODEC_F16:
+        tq_take_rows(CODEC_F16, p, stride, n_rows, dim, x, sum);
+        break;
+    case CODEC_BF16:
+        tq_take_rows(CODEC_BF16, p, stride, n_rows, dim, x, sum);
+        break;
+    case CODEC_F32:
+        tq_take_rows(CODEC_F32, p, stride, n_rows, dim, x, sum);
+        break;
+    }
+}
+
+VEC int tq_encode_rows(int is_tq3, enum codec_dtype dtype, const uint8_t *p, size_t stride, uint32_t n_rows, uint32_t dim, uint8_t *side,
+                       uint8_t *codes)
+{
+    _Alignas(64) float x[TQ_BUFFER];
+    float sum[TQ_ROWS] = {0}, factor[TQ_ROWS], square[TQ_ROWS] = {1, 1, 1, 1, 1, 1, 1, 1};
+    const __m256 spread = _mm256_set1_ps(sqrtf((float)(dim / (dim & -dim))));
+    __m256 norm, scale;
+    __m128i half;
+
+    tq_take(dtype, p, stride, n_rows, dim, x, sum);
+    norm = _mm256_sqrt_ps(_mm256_loadu_ps(sum));
+    _mm256_storeu_ps(factor, _mm256_and_ps(_mm256_div_ps(spread, norm), _mm256_cmp_ps(norm, _mm256_setzero_ps(), _CMP_GT_OQ)));
+    for (uint32_t row = 0; row < n_rows; row++)
+        square[row] = vf_sum16(tq_code_row(x + row * dim, dim, vf_set1(factor[row]), is_tq3, codes + row * tq_bytes(is_tq3, dim)));
+    scale = _mm256_div_ps(norm, _mm256_sqrt_ps(_mm256_loadu_ps(square)));
+    if (_mm256_movemask_ps(_mm256_cmp_ps(scale, _mm256_set1_ps(65520.0f), _CMP_LT_OQ)) != 255)
         return -EDOM;
-    store_u16(side, f32_to_f16(scale));
+    half = _mm256_cvtps_ph(scale, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    memcpy(side, &half, 2 * n_rows);
     return 0;
 }
 
-static int tq4_encode_row(enum codec_dtype dtype, const uint8_t *p, uint32_t dim, uint8_t *side, uint8_t *codes)
+VEC int tq_encode_as(int is_tq3, enum codec_dtype dtype, const uint8_t *src, size_t stride, uint32_t n_tokens, uint32_t dim,
+                     uint8_t *side, uint8_t *codes)
 {
-    return tq_encode_row(0, dtype, p, dim, side, codes);
+    uint32_t step = min_u32(TQ_ROWS, TQ_BUFFER / dim);
+
+    for (uint32_t t = 0; t < n_tokens; t += step) {
+        int r = tq_encode_rows(is_tq3, dtype, src + t * stride, stride, min_u32(step, n_tokens - t), dim, side + 2 * t,
+                               codes + t * tq_bytes(is_tq3, dim));
+
+        if (r < 0)
+            return r;
+    }
+    return 0;
 }
 
-static int tq3_encode_row(enum codec_dtype dtype, const uint8_t *p, uint32_t dim, uint8_t *side, uint8_t *codes)
+static int tq4_encode(enum codec_dtype dtype, const uint8_t *src, size_t stride, uint32_t n_tokens, uint32_t dim, uint8_t *side,
+                      uint8_t *codes)
 {
-    return tq_encode_row(1, dtype, p, dim, side, codes);
+    return tq_encode_as(0, dtype, src, stride, n_tokens, dim, side, codes);
 }
 
-static void tq_decode_row(int is_tq3, const uint8_t *side, const uint8_t *codes, uint32_t dim, enum codec_dtype dtype, uint8_t *p)
+static int tq3_encode(enum codec_dtype dtype, const uint8_t *src, size_t stride, uint32_t n_tokens, uint32_t dim, uint8_t *side,
+                      uint8_t *codes)
+{
+    return tq_encode_as(1, dtype, src, stride, n_tokens, dim, side, codes);
+}
+
+VEC vf tq_values(int is_tq3, const uint8_t *codes, uint32_t i, vlut table)
+{
+    return vlut_get(table, is_tq3 ? vi_triples(codes + i / 8 * 3) : vi_nibbles(codes + i / 2));
+}
+
+VEC void tq_decode_fused(int is_tq3, const uint8_t *codes, uint32_t dim, uint32_t n, vlut table, enum codec_dtype dtype, uint8_t *p)
+{
+    for (uint32_t b = 0; b < dim; b += 16 * n) {
+        vf r[VEC_WHT_REGS];
+
+#pragma GCC unroll 16
+        for (uint32_t i = 0; i < n; i++)
+            r[i] = tq_values(is_tq3, codes, b + 16 * i, table);
+        wht_registers(r, n);
+#pragma GCC unroll 16
+        for (uint32_t i = 0; i < n; i++)
+            store16(dtype, p, b + 16 * i, vf_flip(r[i], codec_sign_mask + b + 16 * i));
+    }
+}
+
+VEC void tq_decode_row(int is_tq3, const uint8_t *side, const uint8_t *codes, uint32_t dim, enum codec_dtype dtype, uint8_t *p)
 {
     uint32_t block = dim & -dim;
-    vlut table = vlut_scale(vlut_load(codec_tq_value[is_tq3]), f16_to_f32(load_u16(side)) * codec_rsqrt[log2_of(block)]);
-    float x[CODEC_DIM_MAX];
+    vlut table = vlut_scale(vlut_load(codec_tq_value[is_tq3]), _cvtsh_ss(load_u16(side)) * codec_rsqrt[log2_of(block)]);
+    _Alignas(64) float x[CODEC_DIM_MAX];
 
-    if (is_tq3)
-        for (uint32_t i = 0; i < dim; i += 16)
-            vf_store(x + i, vlut_get(table, vi_triples(codes + i / 8 * 3)));
-    else
-        for (uint32_t i = 0; i < dim; i += 16)
-            vf_store(x + i, vlut_get(table, vi_nibbles(codes + i / 2)));
+    if (block == 64) {
+        tq_decode_fused(is_tq3, codes, dim, 4, table, dtype, p);
+        return;
+    }
+#if VEC_WHT_REGS > 4
+    if (block == 128) {
+        tq_decode_fused(is_tq3, codes, dim, 8, table, dtype, p);
+        return;
+    }
+    if (block == 256) {
+        tq_decode_fused(is_tq3, codes, dim, 16, table, dtype, p);
+        return;
+    }
+#endif
+    for (uint32_t i = 0; i < dim; i += 16)
+        vf_store(x + i, tq_values(is_tq3, codes, i, table));
     row_wht(x, dim, block);
     for (uint32_t i = 0; i < dim; i += 16)
-        store16(dtype, p, i, vf_flip(vf_load(x + i), sign_bits(i)));
+        store16(dtype, p, i, vf_flip(vf_load(x + i), codec_sign_mask + i));
+}
+
+static void tq4_decode_row(const uint8_t *side, const uint8_t *codes, uint32_t dim, enum codec_dtype dtype, uint8_t *p)
+{
+    tq_decode_row(0, side, codes, dim, dtype, p);
+}
+
+static void tq3_decode_row(const uint8_t *side, const uint8_t *codes, uint32_t dim, enum codec_dtype dtype, uint8_t *p)
+{
+    tq_decode_row(1, side, codes, dim, dtype, p);
 }
 
 /* ---- kc4 ---- */
 
-/* Lowest and highest of each channel of a chunk; 0 or -EDOM. */
-VEC int kc4_range(enum codec_dtype dtype, const uint8_t *src, size_t stride, uint32_t n_tokens, uint32_t i, uint32_t n, float *low,
-                  float *high)
+/* Lowest and highest of n channels. */
+VEC void kc4_range_any(enum codec_dtype dtype, const uint8_t *src, size_t stride, uint32_t n_tokens, uint32_t i, uint32_t n, float *low,
+                       float *high)
 {
-    vi amax = vi_zero();
-
     for (uint32_t j = 0; j < n; j += 16) {
         vf lo = load16(dtype, src, i + j), hi = lo;
+        vi amax = vf_abs_bits(lo);
 
-        for (uint32_t t = 0; t < n_tokens; t++) {
+        for (uint32_t t = 1; t < n_tokens; t++) {
             vf v = load16(dtype, src + t * stride, i + j);
 
             amax = vi_max(amax, vf_abs_bits(v));
             lo = vf_min(v, lo);
             hi = vf_max(v, hi);
         }
+        if (vi_max_of(amax) >= F32_INF_BITS) /* a NaN gets lost in a comparison */
+            hi = vf_set1(INFINITY);
         vf_store(low + j, lo);
         vf_store(high + j, hi);
     }
-    return vi_max_of(amax) > F16_MAX_BITS ? -EDOM : 0;
+}
+
+/* The same of 32 n channels of a 16-bit type, as integers; NaN lies beyond infinity there. */
+VEC void kc4_range_halves(enum codec_dtype dtype, const uint8_t *src, size_t stride, uint32_t n_tokens, uint32_t n, float *low,
+                          float *high)
+{
+    _Alignas(64) uint16_t half[128];
+    vh lo[4], hi[4];
+
+#pragma GCC unroll 4
+    for (uint32_t j = 0; j < n; j++)
+        lo[j] = hi[j] = vh_load(src + 64 * j);
+    for (uint32_t t = 1; t < n_tokens; t++)
+#pragma GCC unroll 4
+        for (uint32_t j = 0; j < n; j++) {
+            vh h = vh_load(src + t * stride + 64 * j);
+
+            lo[j] = vh_min(lo[j], h);
+            hi[j] = vh_max(hi[j], h);
+        }
+#pragma GCC unroll 4
+    for (uint32_t j = 0; j < n; j++)
+        vh_store(half + 32 * j, lo[j]);
+    row_load(dtype, (const uint8_t *)half, 32 * n, low);
+#pragma GCC unroll 4
+    for (uint32_t j = 0; j < n; j++)
+        vh_store(half + 32 * j, hi[j]);
+    row_load(dtype, (const uint8_t *)half, 32 * n, high);
+}
+
+#define KC4_SPAN 128u /* channels whose ranges are taken together: a run of cache lines */
+
+/* Of the n channels from i, at most KC4_SPAN; 0 or -EDOM. */
+VEC int kc4_range(enum codec_dtype dtype, const uint8_t *src, size_t stride, uint32_t n_tokens, uint32_t i, uint32_t n, float *low,
+                  float *high)
+{
+    if (dtype != CODEC_F32 && n == 128)
+        kc4_range_halves(dtype, src + 2 * i, stride, n_tokens, 4, low, high);
+    else if (dtype != CODEC_F32 && n == 64)
+        kc4_range_halves(dtype, src + 2 * i, stride, n_tokens, 2, low, high);
+    else
+        kc4_range_any(dtype, src, stride, n_tokens, i, n, low, high);
+    return row_amax(low, n) > F16_MAX_BITS || row_amax(high, n) > F16_MAX_BITS ? -EDOM : 0;
 }
 
 VEC vf kc4_step(vf low, vf high, uint32_t grid)
@@ -455,24 +635,33 @@ VEC vb kc4_codes(uint32_t grid, enum codec_dtype dtype, const uint8_t *p, uint32
     return grid == CODEC_GRID_INT ? vb_clamp(vb_pack(code), 0, 15) : vb_e2m1(vb_pack(code), codec_e2m1_mag);
 }
 
+VEC void kc4_encode_span(uint32_t grid, enum codec_dtype dtype, const uint8_t *p, uint32_t n, const float *low, const float *inverse,
+                         uint8_t *codes)
+{
+    for (uint32_t j = 0; j < n; j += CHUNK) {
+        const uint8_t *q = p + j * (dtype == CODEC_F32 ? 4 : 2);
+        uint32_t m = min_u32(CHUNK, n - j);
+
+        if (m == CHUNK)
+            store_nibbles(codes + j / 2, kc4_codes(grid, dtype, q, CHUNK, low + j, inverse + j), CHUNK);
+        else
+            store_nibbles(codes + j / 2, kc4_codes(grid, dtype, q, m, low + j, inverse + j), m);
+    }
+}
+
 VEC int kc4_encode_as(uint32_t grid, enum codec_dtype dtype, const uint8_t *src, size_t stride, uint32_t n_tokens, uint32_t dim,
                       uint8_t *side, uint8_t *codes)
 {
-    for (uint32_t i = 0; i < dim; i += CHUNK) {
-        uint32_t n = min_u32(CHUNK, dim - i);
-        float low[CHUNK], high[CHUNK], inverse[CHUNK];
+    for (uint32_t i = 0; i < dim; i += KC4_SPAN) {
+        uint32_t n = min_u32(KC4_SPAN, dim - i);
+        _Alignas(64) float low[KC4_SPAN], high[KC4_SPAN], inverse[KC4_SPAN];
 
         if (kc4_range(dtype, src, stride, n_tokens, i, n, low, high) < 0)
             return -EDOM;
         kc4_side(grid, dim, i, n, low, high, inverse, side);
-        for (uint32_t t = 0; t < n_tokens; t++) {
-            const uint8_t *p = src + t * stride + i * codec_dtype_bytes(dtype);
-
-            if (n == CHUNK)
-                store_nibbles(codes + t * (dim / 2) + i / 2, kc4_codes(grid, dtype, p, CHUNK, low, inverse), CHUNK);
-            else
-                store_nibbles(codes + t * (dim / 2) + i / 2, kc4_codes(grid, dtype, p, n, low, inverse), n);
-        }
+        for (uint32_t t = 0; t < n_tokens; t++)
+            kc4_encode_span(grid, dtype, src + t * stride + i * (dtype == CODEC_F32 ? 4 : 2), n, low, inverse,
+                            codes + t * (dim / 2) + i / 2);
     }
     return 0;
 }
@@ -546,10 +735,8 @@ static int encode_row(const struct codec_spec *spec, enum codec_dtype dtype, con
         return int8_encode_row(dtype, p, dim, side + 2 * t, codes);
     case CODEC_UQ4:
         return uq4_encode_row(spec, dtype, p, dim, side + t * (dim / 32), codes);
-    case CODEC_TQ4:
-        return tq4_encode_row(dtype, p, dim, side + 2 * t, codes);
+    case CODEC_TQ4: /* not by rows */
     case CODEC_TQ3:
-        return tq3_encode_row(dtype, p, dim, side + 2 * t, codes);
     case CODEC_KC4:
         break;
     }
@@ -563,6 +750,10 @@ static int vec_encode(const struct codec_spec *spec, enum codec_dtype dtype, con
 
     if (spec->id == CODEC_KC4)
         return kc4_encode(spec, dtype, src, stride_bytes, n_tokens, dim, side, codes);
+    if (spec->id == CODEC_TQ4)
+        return tq4_encode(dtype, src, stride_bytes, n_tokens, dim, side, codes);
+    if (spec->id == CODEC_TQ3)
+        return tq3_encode(dtype, src, stride_bytes, n_tokens, dim, side, codes);
     for (uint32_t t = 0; t < n_tokens; t++) {
         int r = encode_row(spec, dtype, (const uint8_t *)src + t * stride_bytes, t, dim, side, (uint8_t *)codes + t * row_bytes);
 
@@ -585,16 +776,16 @@ static void decode_row(const struct codec_spec *spec, const uint8_t *side, const
         break;
     case CODEC_INT8:
         for (uint32_t i = 0; i < dim; i += 16)
-            store16(dtype, p, i, vf_mul(vf_load_int8(codes + i), vf_set1(f16_to_f32(load_u16(side + 2 * t)))));
+            store16(dtype, p, i, vf_mul(vf_load_int8(codes + i), vf_set1(_cvtsh_ss(load_u16(side + 2 * t)))));
         break;
     case CODEC_UQ4:
         uq4_decode_row(spec, side + t * (dim / 32), codes, dim, dtype, p);
         break;
     case CODEC_TQ4:
-        tq_decode_row(0, side + 2 * t, codes, dim, dtype, p);
+        tq4_decode_row(side + 2 * t, codes, dim, dtype, p);
         break;
     case CODEC_TQ3:
-        tq_decode_row(1, side + 2 * t, codes, dim, dtype, p);
+        tq3_decode_row(side + 2 * t, codes, dim, dtype, p);
         break;
     case CODEC_KC4:
         break;

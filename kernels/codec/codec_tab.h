@@ -9,13 +9,20 @@
 extern const float codec_tq4_level[8], codec_tq4_mid[7], codec_tq4_square[8];
 extern const float codec_tq3_level[4], codec_tq3_mid[3], codec_tq3_square[4];
 
-/* The same for variants with vector tables, tq4 first, tq3 second: the level of a code (tq3's table twice); the midpoints as a tree
- * with its root at 1, so that a descent ends at a leaf 2^bits / 2 + magnitude, which is also the code if the value is not
- * negative; and the squares by leaf. */
-extern const float codec_tq_value[2][16], codec_tq_tree[2][8], codec_tq_leaf_square[2][16];
+/* The same for variants with vector tables, tq4 first, tq3 second: the level of a code (tq3's table twice); the squares by leaf,
+ * which is 2^bits / 2 + magnitude and thus the code of a value that is not negative (first half: as low three bits). */
+extern const float codec_tq_value[2][16], codec_tq_leaf_square[2][16];
+
+/* Cells that hold at most one midpoint each, so that one look-up and one comparison find the magnitude: the midpoint (or infinity)
+ * and the leaf below it. Their bounds lie well between the midpoints, so how they are computed shows nowhere.
+ * 16 cells of width 1/4 around c / 4; or 8, of a scale whose upper half is twice as wide: with b = a / 1.08 + 0.8426 in [1, 4),
+ * three bits of b from the lowest one of the exponent. */
+extern const float codec_tq_cell16_mid[2][16], codec_tq_cell8_mid[2][8];
+extern const int32_t codec_tq_cell16_leaf[2][16], codec_tq_cell8_leaf[2][8];
 
 /* Bit i % 64 of word i / 64: channel i changes its sign before tq4 and tq3 rotate. */
 extern const uint64_t codec_sign[16];
+extern const uint32_t codec_sign_mask[1024]; /* the same as the sign bits of floats */
 
 /* 1 / sqrt(n) in fp32 for n = 2^i. */
 extern const float codec_rsqrt[11];

@@ -7,6 +7,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "kernels/codec/codec_tab.h"
+
 #define VEC_WHT_REGS 4 /* vf that a rotation keeps in registers */
 #define VEC static inline __attribute__((always_inline))
 
@@ -90,14 +92,12 @@ VEC vf vf_zero_unless_positive(vf v, vf test)
     return (vf){_mm256_and_ps(v.a, _mm256_cmp_ps(test.a, zero, _CMP_GT_OQ)),
                 _mm256_and_ps(v.b, _mm256_cmp_ps(test.b, zero, _CMP_GT_OQ))};
 }
-/* Changes the sign of the lanes whose bit is set. */
-VEC vf vf_flip(vf v, uint32_t bits)
+/* Changes the sign of the lanes whose mask is the sign bit. */
+VEC vf vf_flip(vf v, const uint32_t *mask)
 {
-    const __m256i by_a = _mm256_setr_epi32(31, 30, 29, 28, 27, 26, 25, 24), by_b = _mm256_setr_epi32(23, 22, 21, 20, 19, 18, 17, 16);
-    __m256i w = _mm256_set1_epi32((int)bits), top = _mm256_set1_epi32(INT32_MIN);
+    const float *m = (const float *)(const void *)mask;
 
-    return (vf){_mm256_xor_ps(v.a, _mm256_castsi256_ps(_mm256_and_si256(_mm256_sllv_epi32(w, by_a), top))),
-                _mm256_xor_ps(v.b, _mm256_castsi256_ps(_mm256_and_si256(_mm256_sllv_epi32(w, by_b), top)))};
+    return (vf){_mm256_xor_ps(v.a, _mm256_loadu_ps(m)), _mm256_xor_ps(v.b, _mm256_loadu_ps(m + 8))};
 }
 /* Lanes added by halves: j with j + 8, then + 4, + 2, + 1. */
 VEC float vf_sum16(vf v)
@@ -123,6 +123,28 @@ VEC vf vf_wht16(vf v)
     return (vf){_mm256_add_ps(a, b), _mm256_sub_ps(a, b)};
 }
 
+/* ---- 32 halves whose order as int16 is that of the numbers they stand for: fp16 or bf16 with the magnitude of negative ones
+ * inverted; the same step goes back ---- */
+
+typedef struct { __m256i a, b; } vh;
+VEC __m256i order16(__m256i h)
+{
+    return _mm256_xor_si256(h, _mm256_and_si256(_mm256_srai_epi16(h, 15), _mm256_set1_epi16(0x7fff)));
+}
+VEC vh vh_load(const uint8_t *p)
+{
+    const __m256i *q = (const __m256i *)p;
+
+    return (vh){order16(_mm256_loadu_si256(q)), order16(_mm256_loadu_si256(q + 1))};
+}
+VEC void vh_store(uint16_t *p, vh h)
+{
+    _mm256_storeu_si256((__m256i *)p, order16(h.a));
+    _mm256_storeu_si256((__m256i *)p + 1, order16(h.b));
+}
+VEC vh vh_min(vh x, vh y) { return (vh){_mm256_min_epi16(x.a, y.a), _mm256_min_epi16(x.b, y.b)}; }
+VEC vh vh_max(vh x, vh y) { return (vh){_mm256_max_epi16(x.a, y.a), _mm256_max_epi16(x.b, y.b)}; }
+
 /* ---- integers ---- */
 
 VEC vi vi_zero(void) { return (vi){_mm256_setzero_si256(), _mm256_setzero_si256()}; }
@@ -144,26 +166,33 @@ VEC uint32_t vi_max_of(vi x)
 VEC vi vf_round(vf v) { return (vi){_mm256_cvtps_epi32(v.a), _mm256_cvtps_epi32(v.b)}; }
 VEC vi vf_ceil(vf v) { return vf_round((vf){_mm256_ceil_ps(v.a), _mm256_ceil_ps(v.b)}); }
 
-VEC __m256i spread(const uint8_t *p, uint32_t bytes)
+VEC __m256i spread4(const uint8_t *p)
 {
-    uint32_t u = 0;
+    int u;
 
-    memcpy(&u, p, bytes);
-    return _mm256_set1_epi32((int)u);
+    memcpy(&u, p, 4);
+    return _mm256_set1_epi32(u);
+}
+VEC __m256i spread3(const uint8_t *p)
+{
+    uint16_t u;
+
+    memcpy(&u, p, 2);
+    return _mm256_set1_epi32(u | p[2] << 16);
 }
 /* The 16 codes of 8 bytes; bits above the fourth of a lane are not zero. */
 VEC vi vi_nibbles(const uint8_t *p)
 {
     const __m256i by = _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28);
 
-    return (vi){_mm256_srlv_epi32(spread(p, 4), by), _mm256_srlv_epi32(spread(p + 4, 4), by)};
+    return (vi){_mm256_srlv_epi32(spread4(p), by), _mm256_srlv_epi32(spread4(p + 4), by)};
 }
 /* The 16 codes of three bits of 6 bytes; bits above the third of a lane are not zero. */
 VEC vi vi_triples(const uint8_t *p)
 {
     const __m256i by = _mm256_setr_epi32(0, 3, 6, 9, 12, 15, 18, 21);
 
-    return (vi){_mm256_srlv_epi32(spread(p, 3), by), _mm256_srlv_epi32(spread(p + 3, 3), by)};
+    return (vi){_mm256_srlv_epi32(spread3(p), by), _mm256_srlv_epi32(spread3(p + 3), by)};
 }
 
 /* Tables of 16 floats, looked up by the low four bits of an index. */
@@ -186,24 +215,31 @@ VEC vf vf_choose_bit3(vi index, vf if_clear, vf if_set)
                 _mm256_blendv_ps(if_clear.b, if_set.b, bit3_mask(index.b))};
 }
 
-/* Thresholds as a binary tree: [1] the middle one, [2] and [3] those of the halves, ... Descends from node 1 and returns the leaf:
- * 8 + magnitude for 7 thresholds, 4 + magnitude for 3. */
-typedef struct { __m256 t; } vtree;
-VEC vtree vtree_load(const float t[8]) { return (vtree){_mm256_loadu_ps(t)}; }
-VEC __m256i tree_step(__m256 a, vtree tree, __m256i node)
+/* Look-up by the low three bits of the index; both halves of the table are the same. */
+VEC vf vlut_get_low3(vlut t, vi index)
 {
-    __m256i right = _mm256_castps_si256(_mm256_cmp_ps(a, _mm256_permutevar8x32_ps(tree.t, node), _CMP_GE_OQ));
-
-    return _mm256_sub_epi32(_mm256_add_epi32(node, node), right);
+    return (vf){_mm256_permutevar8x32_ps(t.lo, index.a), _mm256_permutevar8x32_ps(t.lo, index.b)};
 }
-VEC vi vtree_leaf(vf a, vtree tree, int levels)
+
+/* codec_tab.h: the 8 cells. */
+typedef struct { __m256 mid; __m256i leaf; } vcells;
+VEC vcells vcells_load(int is_tq3)
 {
-    vi node = {_mm256_set1_epi32(1), _mm256_set1_epi32(1)};
-
-    for (int i = 0; i < levels; i++)
-        node = (vi){tree_step(a.a, tree, node.a), tree_step(a.b, tree, node.b)};
-    return node;
+    return (vcells){_mm256_loadu_ps(codec_tq_cell8_mid[is_tq3]),
+                    _mm256_loadu_si256((const __m256i *)(const void *)codec_tq_cell8_leaf[is_tq3])};
 }
+VEC __m256i cells_leaf(__m256 a, vcells cells)
+{
+    __m256 b = _mm256_fmadd_ps(a, _mm256_set1_ps(1 / 1.08f), _mm256_set1_ps(0.8426f));
+    __m256i cell;
+
+    b = _mm256_max_ps(_mm256_min_ps(b, _mm256_set1_ps(3.9f)), _mm256_set1_ps(1.0f));
+    cell = _mm256_srli_epi32(_mm256_castps_si256(b), 21);
+    return _mm256_sub_epi32(
+        _mm256_permutevar8x32_epi32(cells.leaf, cell),
+        _mm256_castps_si256(_mm256_cmp_ps(a, _mm256_permutevar8x32_ps(cells.mid, cell), _CMP_GE_OQ)));
+}
+VEC vi vcells_leaf(vf a, vcells cells) { return (vi){cells_leaf(a.a, cells), cells_leaf(a.b, cells)}; }
 /* leaf ^ flip in the lanes where v < 0. */
 VEC vi vi_flip_negative(vi leaf, vf v, int flip)
 {

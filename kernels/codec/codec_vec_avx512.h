@@ -7,6 +7,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "kernels/codec/codec_tab.h"
+
 #define VEC_WHT_REGS 16 /* vf that a rotation keeps in registers */
 #define VEC static inline __attribute__((always_inline))
 
@@ -60,12 +62,10 @@ VEC vf vf_zero_unless_positive(vf v, vf test)
 {
     return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(test, _mm512_setzero_ps(), _CMP_GT_OQ), v);
 }
-/* Changes the sign of the lanes whose bit is set. */
-VEC vf vf_flip(vf v, uint32_t bits)
+/* Changes the sign of the lanes whose mask is the sign bit. */
+VEC vf vf_flip(vf v, const uint32_t *mask)
 {
-    vi u = _mm512_castps_si512(v);
-
-    return _mm512_castsi512_ps(_mm512_mask_xor_epi32(u, (__mmask16)bits, u, _mm512_set1_epi32(INT32_MIN)));
+    return _mm512_castsi512_ps(_mm512_xor_si512(_mm512_castps_si512(v), _mm512_loadu_si512(mask)));
 }
 /* Lanes added by halves: j with j + 8, then + 4, + 2, + 1. */
 VEC float vf_sum16(vf v)
@@ -91,6 +91,19 @@ VEC vf vf_wht16(vf v)
     return _mm512_fmadd_ps(v, s8, _mm512_shuffle_f32x4(v, v, 0x4e));
 }
 
+/* ---- 32 halves whose order as int16 is that of the numbers they stand for: fp16 or bf16 with the magnitude of negative ones
+ * inverted; the same step goes back ---- */
+
+typedef __m512i vh;
+VEC vh vh_order(vh h)
+{
+    return _mm512_ternarylogic_epi32(h, _mm512_srai_epi16(h, 15), _mm512_set1_epi16(0x7fff), 0x78); /* a ^ (b & c) */
+}
+VEC vh vh_load(const uint8_t *p) { return vh_order(_mm512_loadu_si512(p)); }
+VEC void vh_store(uint16_t *p, vh h) { _mm512_storeu_si512(p, vh_order(h)); }
+VEC vh vh_min(vh a, vh b) { return _mm512_min_epi16(a, b); }
+VEC vh vh_max(vh a, vh b) { return _mm512_max_epi16(a, b); }
+
 /* ---- integers ---- */
 
 VEC vi vi_zero(void) { return _mm512_setzero_si512(); }
@@ -113,10 +126,13 @@ VEC vi vi_triples(const uint8_t *p)
 {
     const vi which = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
     const vi by = _mm512_setr_epi32(0, 3, 6, 9, 12, 15, 18, 21, 0, 3, 6, 9, 12, 15, 18, 21);
-    uint64_t u = 0;
+    uint32_t first;
+    uint16_t last;
+    uint64_t u;
 
-    memcpy(&u, p, 6);
-    u = (u & 0xffffffu) | u >> 24 << 32;
+    memcpy(&first, p, 4); /* two loads: a copy of six bytes would wait for its own stores */
+    memcpy(&last, p + 4, 2);
+    u = (first & 0xffffffu) | ((uint64_t)first >> 24 | (uint64_t)last << 8) << 32;
     return _mm512_srlv_epi32(_mm512_permutexvar_epi32(which, _mm512_castsi128_si512(_mm_cvtsi64_si128((int64_t)u))), by);
 }
 
@@ -131,23 +147,22 @@ VEC vf vf_choose_bit3(vi index, vf if_clear, vf if_set)
     return _mm512_mask_blend_ps(_mm512_test_epi32_mask(index, _mm512_set1_epi32(8)), if_clear, if_set);
 }
 
-/* Thresholds as a binary tree: [1] the middle one, [2] and [3] those of the halves, ... Descends from node 1 and returns the leaf:
- * 8 + magnitude for 7 thresholds, 4 + magnitude for 3. */
-typedef struct { vf t; } vtree;
-VEC vtree vtree_load(const float t[8]) { return (vtree){_mm512_castps256_ps512(_mm256_loadu_ps(t))}; }
-VEC vi vtree_step(vf a, vtree tree, vi node)
-{
-    __mmask16 right = _mm512_cmp_ps_mask(a, _mm512_permutexvar_ps(node, tree.t), _CMP_GE_OQ);
+/* Look-up by the low three bits of the index; both halves of the table are the same. */
+VEC vf vlut_get_low3(vlut t, vi index) { return vlut_get(t, index); }
 
-    node = _mm512_add_epi32(node, node);
-    return _mm512_mask_add_epi32(node, right, node, _mm512_set1_epi32(1));
+/* codec_tab.h: the 16 cells. The sum's last bit is worth 1/4, so its low four bits are the cell. */
+typedef struct { vf mid; vi leaf; } vcells;
+VEC vcells vcells_load(int is_tq3)
+{
+    return (vcells){_mm512_loadu_ps(codec_tq_cell16_mid[is_tq3]), _mm512_loadu_si512(codec_tq_cell16_leaf[is_tq3])};
 }
-VEC vi vtree_leaf(vf a, vtree tree, int levels)
+VEC vi vcells_leaf(vf a, vcells cells)
 {
-    vi node = vtree_step(a, tree, _mm512_set1_epi32(1));
+    vi cell = _mm512_castps_si512(_mm512_add_ps(_mm512_min_ps(a, _mm512_set1_ps(3.75f)), _mm512_set1_ps(0x1p21f)));
+    vi leaf = _mm512_permutexvar_epi32(cell, cells.leaf);
 
-    node = vtree_step(a, tree, node);
-    return levels == 3 ? vtree_step(a, tree, node) : node;
+    return _mm512_mask_add_epi32(leaf, _mm512_cmp_ps_mask(a, _mm512_permutexvar_ps(cell, cells.mid), _CMP_GE_OQ), leaf,
+                                 _mm512_set1_epi32(1));
 }
 /* leaf ^ flip in the lanes where v < 0. */
 VEC vi vi_flip_negative(vi leaf, vf v, int flip)
