@@ -96,6 +96,15 @@ static int take_passed(struct listener *l, int n)
 
 /* ---- our own ---- */
 
+/* Tells what failed with errno at the socket's path, and returns it. */
+static int failed(struct listener *l, const char *doing)
+{
+    int r = -errno;
+
+    log_write(&l->daemon->log, LOG_ERROR, "%s: %s: %s", l->path, doing, strerror(-r));
+    return r;
+}
+
 static void lock_owner(int fd, char *buf, size_t n)
 {
     ssize_t got = pread(fd, buf, n - 1, 0);
@@ -148,14 +157,14 @@ static int clear_path(struct listener *l, const struct sockaddr_un *address)
     int fd, r;
 
     if (lstat(l->path, &st) < 0)
-        return errno == ENOENT ? 0 : -errno;
+        return errno == ENOENT ? 0 : failed(l, "looking at it");
     if (!S_ISSOCK(st.st_mode)) {
         log_write(&d->log, LOG_ERROR, "%s: there is a file that is no socket; move it away", l->path);
         return -EEXIST;
     }
     fd = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0);
     if (fd < 0)
-        return -errno;
+        return failed(l, "making a socket");
     r = connect(fd, (const struct sockaddr *)address, sizeof(*address)) < 0 ? -errno : 0;
     close(fd);
     if (r != -ECONNREFUSED && r != -ENOENT) {
@@ -164,7 +173,7 @@ static int clear_path(struct listener *l, const struct sockaddr_un *address)
         return -EADDRINUSE;
     }
     log_write(&d->log, LOG_INFO, "%s: left over from a daemon that is gone; replaced", l->path);
-    return unlink(l->path) < 0 && errno != ENOENT ? -errno : 0;
+    return unlink(l->path) < 0 && errno != ENOENT ? failed(l, "removing it") : 0;
 }
 
 static int set_owner(struct listener *l)
@@ -178,14 +187,10 @@ static int set_owner(struct listener *l)
             log_write(&l->daemon->log, LOG_ERROR, "socket_group: there is no group \"%s\"", o->socket_group);
             return -EINVAL;
         }
-        if (chown(l->path, (uid_t)-1, gid) < 0) {
-            int r = -errno;
-
-            log_write(&l->daemon->log, LOG_ERROR, "%s: cannot give it to group %s: %s", l->path, o->socket_group, strerror(-r));
-            return r;
-        }
+        if (chown(l->path, (uid_t)-1, gid) < 0)
+            return failed(l, "giving it to socket_group");
     }
-    return chmod(l->path, (mode_t)o->socket_mode) < 0 ? -errno : 0;
+    return chmod(l->path, (mode_t)o->socket_mode) < 0 ? failed(l, "setting socket_mode") : 0;
 }
 
 static int make_own(struct listener *l)
@@ -205,18 +210,15 @@ static int make_own(struct listener *l)
         return r;
     l->fds[0] = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
     if (l->fds[0] < 0)
-        return -errno;
+        return failed(l, "making a socket");
     l->n = 1;
-    if (bind(l->fds[0], (struct sockaddr *)&address, sizeof(address)) < 0) {
-        r = -errno;
-        log_write(&l->daemon->log, LOG_ERROR, "%s: %s", l->path, strerror(-r));
-        return r;
-    }
+    if (bind(l->fds[0], (struct sockaddr *)&address, sizeof(address)) < 0)
+        return failed(l, "binding");
     l->bound = true;
     r = set_owner(l); /* nobody can connect before listen() */
     if (r < 0)
         return r;
-    return listen(l->fds[0], BACKLOG) < 0 ? -errno : 0;
+    return listen(l->fds[0], BACKLOG) < 0 ? failed(l, "listening") : 0;
 }
 
 int listener_create(struct daemon *d, struct listener **ret)
@@ -228,9 +230,14 @@ int listener_create(struct daemon *d, struct listener **ret)
         return -ENOMEM;
     l->daemon = d;
     l->lock_fd = -1;
+    if (n < 0)
+        log_write(&d->log, LOG_ERROR, "sockets of the service manager: %s", strerror(-n));
     r = n < 0 ? n : n > 0 ? take_passed(l, n) : make_own(l);
-    for (unsigned i = 0; i < l->n && r >= 0; i++)
+    for (unsigned i = 0; i < l->n && r >= 0; i++) {
         r = sd_event_add_io(d->event, &l->sources[i], l->fds[i], EPOLLIN, on_connection, l);
+        if (r < 0)
+            log_write(&d->log, LOG_ERROR, "the socket cannot be watched: %s", strerror(-r));
+    }
     if (r < 0) {
         listener_destroy(l);
         return r;

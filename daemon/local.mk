@@ -27,39 +27,24 @@ kvd_CPPFLAGS = $(AM_CPPFLAGS) -DKVD_DEFAULT_CONFIG='"$(sysconfdir)/kvd/kvd.conf"
 kvd_LDADD = $(KVD_DAEMON_LIBS)
 if FAULT_POINTS
 # fault.c stands in for these where a test asks for it.
-FAULT_LDFLAGS = -Wl,--wrap=malloc,--wrap=calloc,--wrap=realloc \
+KVD_FAULT_WRAP = -Wl,--wrap=malloc,--wrap=calloc,--wrap=realloc \
 	-Wl,--wrap=memfd_create,--wrap=fallocate,--wrap=mmap,--wrap=sendmsg
 else
-FAULT_LDFLAGS =
+KVD_FAULT_WRAP =
 endif
-kvd_LDFLAGS = $(AM_LDFLAGS) $(FAULT_LDFLAGS)
+kvd_LDFLAGS = $(AM_LDFLAGS) $(KVD_FAULT_WRAP)
 
-# Manual pages and the example of the configuration file, made from the table of options.
+# Manual pages, made from the table of options.
 noinst_PROGRAMS += daemon/options_man
 daemon_options_man_SOURCES = daemon/options_man.c
 daemon_options_man_LDADD = $(KVD_DAEMON_LIBS)
-daemon_options_man_LDFLAGS = $(AM_LDFLAGS) $(FAULT_LDFLAGS)
+daemon_options_man_LDFLAGS = $(AM_LDFLAGS) $(KVD_FAULT_WRAP)
 
 man_MANS += docs/man/kvd.8 docs/man/kvd.conf.5
-noinst_DATA = daemon/kvd.conf
-EXTRA_DIST += docs/man/kvd.8.in docs/man/kvd.conf.5.in daemon/kvd.conf.in
-CLEANFILES += docs/man/kvd.8 docs/man/kvd.conf.5 daemon/kvd.conf
+EXTRA_DIST += docs/man/kvd.8.in docs/man/kvd.conf.5.in
+CLEANFILES += docs/man/kvd.8 docs/man/kvd.conf.5
 
 docs/man/kvd.8: $(srcdir)/docs/man/kvd.8.in daemon/options_man$(EXEEXT)
 	$(AM_V_GEN)$(MKDIR_P) docs/man && daemon/options_man < $(srcdir)/docs/man/kvd.8.in > $@.tmp && mv $@.tmp $@
 docs/man/kvd.conf.5: $(srcdir)/docs/man/kvd.conf.5.in daemon/options_man$(EXEEXT)
 	$(AM_V_GEN)$(MKDIR_P) docs/man && daemon/options_man < $(srcdir)/docs/man/kvd.conf.5.in > $@.tmp && mv $@.tmp $@
-daemon/kvd.conf: $(srcdir)/daemon/kvd.conf.in daemon/options_man$(EXEEXT)
-	$(AM_V_GEN)$(MKDIR_P) daemon && daemon/options_man < $(srcdir)/daemon/kvd.conf.in > $@.tmp && mv $@.tmp $@
-
-# A configuration that is there already is somebody's: it stays.
-install-data-local: install-kvd-conf
-install-kvd-conf: daemon/kvd.conf
-	$(MKDIR_P) '$(DESTDIR)$(sysconfdir)/kvd'
-	test -e '$(DESTDIR)$(sysconfdir)/kvd/kvd.conf' || \
-		$(INSTALL_DATA) daemon/kvd.conf '$(DESTDIR)$(sysconfdir)/kvd/kvd.conf'
-uninstall-local: uninstall-kvd-conf
-uninstall-kvd-conf:
-	cmp -s daemon/kvd.conf '$(DESTDIR)$(sysconfdir)/kvd/kvd.conf' && \
-		rm -f '$(DESTDIR)$(sysconfdir)/kvd/kvd.conf' || true
-.PHONY: install-kvd-conf uninstall-kvd-conf

@@ -190,7 +190,7 @@ static void teardown(struct daemon *d)
     log_deinit(&d->log);
 }
 
-/* Each step's failure is told once, here, but for those that say more themselves. */
+/* Each step's failure is told once: here, or by tenants and listener, which can say more. */
 static int setup(struct program *p)
 {
     struct daemon *d = p->daemon;
@@ -216,14 +216,12 @@ static int setup(struct program *p)
         r = jobs_create(d->event, job_threads(o), &d->jobs);
     }
     if (r >= 0) {
-        what = "tenants";
+        what = NULL;
         r = tenants_apply(d);
     }
-    if (r >= 0) {
-        what = "socket";
+    if (r >= 0)
         r = listener_create(d, &d->listener);
-    }
-    if (r < 0)
+    if (r < 0 && what)
         log_write(&d->log, LOG_ERROR, "cannot start: %s: %s", what, strerror(-r));
     return r;
 }

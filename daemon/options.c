@@ -338,8 +338,8 @@ static int take_line(void *user, const char *section, const char *name, const ch
 
     if (rd->failed_line)
         return 0;
-    if (strcmp(section, "kvd") == 0) {
-        rd->r = set_key(rd, rd->options, options_table, N_OPTIONS, &rd->keys_set, section, name, value, &e);
+    if (!*section || strcmp(section, "kvd") == 0) { /* what stands before any section is the daemon's */
+        rd->r = set_key(rd, rd->options, options_table, N_OPTIONS, &rd->keys_set, "kvd", name, value, &e);
     } else if (strncmp(section, "tenant ", 7) == 0) {
         struct tenant_options *t = tenant_section(rd, section + 7 + strspn(section + 7, " \t"), &e);
 

@@ -1,8 +1,8 @@
-/* Fills the table of options into a text: what the build makes manual pages and the example file with.
+/* Fills the table of options into a text: what the build makes manual pages with.
  *
  *     options_man < TEMPLATE > RESULT
  *
- * A line that is @FLAGS@, @KEYS@, @TENANT_KEYS@ or @EXAMPLE@ is replaced by that form of the table; @VERSION@ anywhere by the version. */
+ * A line that is @FLAGS@, @KEYS@ or @TENANT_KEYS@ is replaced by that form of the table; @VERSION@ anywhere by the version. */
 #include <stdio.h>
 #include <string.h>
 
@@ -25,8 +25,7 @@ int main(void)
         void (*print)(FILE *out);
     } forms[] = {{"@FLAGS@\n", options_print_man_flags},
                  {"@KEYS@\n", options_print_man_keys},
-                 {"@TENANT_KEYS@\n", options_print_man_tenant_keys},
-                 {"@EXAMPLE@\n", options_print_example}};
+                 {"@TENANT_KEYS@\n", options_print_man_tenant_keys}};
     char line[4096];
 
     while (fgets(line, sizeof(line), stdin)) {

@@ -112,26 +112,3 @@ void options_print_man_tenant_keys(FILE *out)
     for (size_t i = 0; (o = tenant_option_at(i)); i++)
         roff_item(out, o, "", o->name);
 }
-
-static void example_item(FILE *out, const struct option *o)
-{
-    char allowed[OPTION_TEXT_MAX];
-
-    fputc('\n', out);
-    wrap(out, o->help, "# ");
-    fprintf(out, "# Allowed: %s.%s\n", option_allowed(o, allowed), o->live ? "" : " After a restart.");
-    fprintf(out, "#%s = %s\n", o->name, o->default_text);
-}
-
-void options_print_example(FILE *out)
-{
-    const struct option *o;
-
-    fprintf(out, "# Configuration of kvd; see kvd.conf(5). What is commented out is the default.\n"
-                 "# kvd --check tells what is wrong with a file; systemctl reload kvd takes it over.\n\n[kvd]\n");
-    for (size_t i = 0; (o = option_at(i)); i++)
-        example_item(out, o);
-    fprintf(out, "\n# Tenants: who may share with whom. The first section that claims a peer has it.\n#[tenant NAME]\n");
-    for (size_t i = 0; (o = tenant_option_at(i)); i++)
-        example_item(out, o);
-}

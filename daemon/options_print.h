@@ -1,4 +1,4 @@
-/* The table of options as text: for --help, the manual pages and the example of the file. */
+/* The table of options as text: for --help and the manual pages. */
 #ifndef KVD_DAEMON_OPTIONS_PRINT_H
 #define KVD_DAEMON_OPTIONS_PRINT_H
 
@@ -9,7 +9,5 @@ void options_print_help(FILE *out);
 void options_print_man_flags(FILE *out);
 void options_print_man_keys(FILE *out);
 void options_print_man_tenant_keys(FILE *out);
-/* A configuration file in which every option stands as a comment with its default. */
-void options_print_example(FILE *out);
 
 #endif
