@@ -1,8 +1,7 @@
 # Units and what they need. The paths in them come from configure; docs/operations.md says how to adapt them.
 systemdsystemunit_DATA = systemd/kvd.service systemd/kvd.socket
 
-EXTRA_DIST += systemd/kvd.service.in systemd/kvd.socket.in systemd/kvd.sysusers systemd/kvd.tmpfiles \
-	systemd/kvd.conf
+EXTRA_DIST += systemd/kvd.service.in systemd/kvd.socket.in systemd/kvd.sysusers systemd/kvd.tmpfiles
 CLEANFILES += systemd/kvd.service systemd/kvd.socket
 
 UNIT_EDIT = $(MKDIR_P) systemd && \
@@ -13,17 +12,13 @@ systemd/kvd.service: systemd/kvd.service.in Makefile
 systemd/kvd.socket: systemd/kvd.socket.in Makefile
 	$(AM_V_GEN)$(UNIT_EDIT) $(srcdir)/systemd/kvd.socket.in > $@.tmp && mv $@.tmp $@
 
-# All three are called kvd.conf where they go, so they are renamed on the way. An administrator's configuration is kept.
-install-data-local: install-kvd-conf
-install-kvd-conf:
-	$(MKDIR_P) '$(DESTDIR)$(sysusersdir)' '$(DESTDIR)$(tmpfilesdir)' '$(DESTDIR)$(sysconfdir)/kvd'
+# Both are called kvd.conf where they go, so they are renamed on the way.
+install-data-local: install-systemd-conf
+install-systemd-conf:
+	$(MKDIR_P) '$(DESTDIR)$(sysusersdir)' '$(DESTDIR)$(tmpfilesdir)'
 	$(INSTALL_DATA) $(srcdir)/systemd/kvd.sysusers '$(DESTDIR)$(sysusersdir)/kvd.conf'
 	$(INSTALL_DATA) $(srcdir)/systemd/kvd.tmpfiles '$(DESTDIR)$(tmpfilesdir)/kvd.conf'
-	test -e '$(DESTDIR)$(sysconfdir)/kvd/kvd.conf' || \
-		$(INSTALL_DATA) $(srcdir)/systemd/kvd.conf '$(DESTDIR)$(sysconfdir)/kvd/kvd.conf'
-uninstall-local: uninstall-kvd-conf
-uninstall-kvd-conf:
+uninstall-local: uninstall-systemd-conf
+uninstall-systemd-conf:
 	rm -f '$(DESTDIR)$(sysusersdir)/kvd.conf' '$(DESTDIR)$(tmpfilesdir)/kvd.conf'
-	! cmp -s $(srcdir)/systemd/kvd.conf '$(DESTDIR)$(sysconfdir)/kvd/kvd.conf' || \
-		rm -f '$(DESTDIR)$(sysconfdir)/kvd/kvd.conf'
-.PHONY: install-kvd-conf uninstall-kvd-conf
+.PHONY: install-systemd-conf uninstall-systemd-conf

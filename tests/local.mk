@@ -69,6 +69,75 @@ tests_check_replay_SOURCES = tests/check_replay.c bench/replay_sim.c bench/repla
 	bench/bench.h
 tests_check_replay_LDADD = $(KVD_STORE_LIBS) $(TEST_LIBS)
 
+# ---- the real daemon and real workers ----
+# libkvdtest (bench/local.mk) starts them, speaks to them, and knows what every block must hold.
+
+TEST_HELPERS += tests/worker
+tests_worker_SOURCES = tests/worker.c
+tests_worker_LDADD = $(KVD_TEST_LIBS)
+
+SUITES += tests/test_share
+tests_test_share_SOURCES = tests/test_share.c
+tests_test_share_LDADD = $(KVD_TEST_LIBS) $(TEST_LIBS)
+
+SUITES += tests/test_limits
+tests_test_limits_SOURCES = tests/test_limits.c
+tests_test_limits_LDADD = $(KVD_TEST_LIBS) $(TEST_LIBS)
+
+SUITES += tests/test_hostile
+tests_test_hostile_SOURCES = tests/test_hostile.c
+tests_test_hostile_LDADD = $(KVD_TEST_LIBS) $(TEST_LIBS)
+
+SUITES += tests/test_kill
+tests_test_kill_SOURCES = tests/test_kill.c
+tests_test_kill_LDADD = $(KVD_TEST_LIBS) $(TEST_LIBS)
+
+FUZZ_TARGETS += tests/fuzz/fuzz_message
+tests_fuzz_fuzz_message_SOURCES = tests/fuzz/fuzz_message.c
+tests_fuzz_fuzz_message_LDADD = $(KVD_PROTO_LIBS) $(FUZZ_LIBS)
+tests_fuzz_fuzz_message_LDFLAGS = $(FUZZ_LINK)
+EXTRA_DIST += tests/fuzz/corpus/message
+
+FUZZ_TARGETS += tests/fuzz/fuzz_lookup
+tests_fuzz_fuzz_lookup_SOURCES = tests/fuzz/fuzz_lookup.c
+tests_fuzz_fuzz_lookup_LDADD = $(KVD_PROTO_LIBS) $(FUZZ_LIBS)
+tests_fuzz_fuzz_lookup_LDFLAGS = $(FUZZ_LINK)
+EXTRA_DIST += tests/fuzz/corpus/lookup
+
+FUZZ_TARGETS += tests/fuzz/fuzz_decode
+tests_fuzz_fuzz_decode_SOURCES = tests/fuzz/fuzz_decode.c
+tests_fuzz_fuzz_decode_LDADD = $(KVD_KERNELS_LIBS) $(FUZZ_LIBS)
+tests_fuzz_fuzz_decode_LDFLAGS = $(FUZZ_LINK)
+EXTRA_DIST += tests/fuzz/corpus/decode
+
+FUZZ_TARGETS += tests/fuzz/fuzz_encode
+tests_fuzz_fuzz_encode_SOURCES = tests/fuzz/fuzz_encode.c
+tests_fuzz_fuzz_encode_LDADD = $(KVD_KERNELS_LIBS) $(FUZZ_LIBS)
+tests_fuzz_fuzz_encode_LDFLAGS = $(FUZZ_LINK)
+EXTRA_DIST += tests/fuzz/corpus/encode
+
+FUZZ_TARGETS += tests/fuzz/fuzz_space
+tests_fuzz_fuzz_space_SOURCES = tests/fuzz/fuzz_space.c
+tests_fuzz_fuzz_space_LDADD = $(KVD_STORE_LIBS) $(FUZZ_LIBS)
+tests_fuzz_fuzz_space_LDFLAGS = $(FUZZ_LINK)
+EXTRA_DIST += tests/fuzz/corpus/space
+
+FUZZ_TARGETS += tests/fuzz/fuzz_page
+tests_fuzz_fuzz_page_SOURCES = tests/fuzz/fuzz_page.c
+tests_fuzz_fuzz_page_LDADD = $(KVD_STORE_LIBS) $(FUZZ_LIBS)
+tests_fuzz_fuzz_page_LDFLAGS = $(FUZZ_LINK)
+EXTRA_DIST += tests/fuzz/corpus/page
+
+FUZZ_TARGETS += tests/fuzz/fuzz_options
+tests_fuzz_fuzz_options_SOURCES = tests/fuzz/fuzz_options.c
+tests_fuzz_fuzz_options_LDADD = $(KVD_DAEMON_LIBS) $(FUZZ_LIBS)
+tests_fuzz_fuzz_options_LDFLAGS = $(FUZZ_LINK)
+EXTRA_DIST += tests/fuzz/corpus/options tests/fuzz/options.dict
+
+SUITES += tests/check_service
+tests_check_service_SOURCES = tests/check_service.c
+tests_check_service_LDADD = $(KVD_CLIENT_LIBS) $(TEST_LIBS)
+
 # ---- scripts ----
 PLAIN_SCRIPT_TESTS += tests/test_units.sh
 PLAIN_SCRIPT_TESTS += tests/test_spin.sh
