@@ -13,3 +13,24 @@ bench_bench_evict_policy_LDADD = $(KVD_STORE_LIBS)
 BENCHES += bench/bench_codec
 bench_bench_codec_SOURCES = bench/bench_codec.c bench/bench.h
 bench_bench_codec_LDADD = $(KVD_KERNELS_LIBS)
+
+# libkvdtest: real daemons and real workers, for benches and for suites; built where something links it.
+EXTRA_LTLIBRARIES = tests/libkvdtest.la
+tests_libkvdtest_la_SOURCES = tests/content.c tests/content.h tests/harness.c tests/harness.h tests/rawclient.c tests/rawclient.h
+KVD_TEST_LIBS = tests/libkvdtest.la $(KVD_CLIENT_LIBS)
+
+BENCHES += bench/bench_match
+bench_bench_match_SOURCES = bench/bench_match.c bench/bench.h
+bench_bench_match_LDADD = libkvdstore.la $(KVD_TEST_LIBS)
+
+BENCHES += bench/bench_evict
+bench_bench_evict_SOURCES = bench/bench_evict.c bench/bench.h
+bench_bench_evict_LDADD = libkvdstore.la $(KVD_TEST_LIBS)
+
+BENCHES += bench/bench_publish
+bench_bench_publish_SOURCES = bench/bench_publish.c bench/kv_bed.c bench/kv_bed.h bench/bench.h
+bench_bench_publish_LDADD = $(KVD_TEST_LIBS)
+
+BENCHES += bench/bench_load
+bench_bench_load_SOURCES = bench/bench_load.c bench/kv_bed.c bench/kv_bed.h bench/bench.h
+bench_bench_load_LDADD = $(KVD_TEST_LIBS)

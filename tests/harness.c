@@ -142,7 +142,7 @@ void harness_write_config(struct harness *h)
 {
     FILE *f = fopen(h->config, "w");
 
-    if (!f || fprintf(f, "socket = %s\n%s", h->socket, h->options) < 0 || fclose(f))
+    if (!f || fprintf(f, "[kvd]\nsocket = %s\n%s", h->socket, h->options) < 0 || fclose(f))
         test_die(NULL, "%s: %s", h->config, strerror(errno));
 }
 

@@ -163,7 +163,7 @@ START_TEST(sliding_groups_need_only_their_window)
     SAYS(&f->b, "ok 160", "match 0 1 160");
     SAYS(&f->b, "ok 10 0 7", "layers 0");
     SAYS(&f->b, "ok 9", "trim 0 9");
-    SAYS(&f->b, "ok 9 0 7", "load 0");
+    SAYS(&f->b, "ok 9 0 6", "load 0"); /* block 6 of group 1 is leased anew */
     teardown(f);
 }
 END_TEST
@@ -218,7 +218,9 @@ START_TEST(one_computes_the_other_waits)
     SAYS(&f->b, "ok 48", "match 0 1 64");
     SAYS(&f->b, "ok 3 0 0", "load 0 verify");
     SAYS(&f->b, "ok", "end 0 3 1");
-    SAYS(&f->a, "ok given-up", "wait 0 0 100000"); /* nobody is on it, or it has landed: no waiting either way */
+    SAYS(&f->a, "ok landed", "wait 0 0 100000"); /* it is there: no waiting */
+    SAYS(&f->a, "ok 0", "match 0 65 48");
+    SAYS(&f->a, "ok given-up", "wait 0 0 100000"); /* nobody is on it */
     teardown(f);
 }
 END_TEST
