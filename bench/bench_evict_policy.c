@@ -1,7 +1,8 @@
-/* What one turn of a full cache costs in the eviction policy: victim, evicted, insert of a new id, park and unpark of a parent,
- * and a hit on a random id, by the number of ids. The limit is what the machine takes for the random cache lines that a turn cannot do
- * without: the node of the hit id, the victim's, its neighbour's, and the ghost's bucket at evicted() and at insert(). Small tables
- * lie in the processor's caches, where that limit is next to nothing and the instructions themselves count. */
+/* What one turn of a full cache costs in the eviction policy: victim, evicted, insert of a new id, park and unpark of a
+ * parent, and a hit on a random id, by the number of ids. The limit is what the machine takes for the random cache
+ * lines that a turn cannot do without: the node of the hit id, the victim's, its neighbour's, and the ghost's bucket at
+ * evicted() and at insert(). Small tables lie in the processor's caches, where that limit is next to nothing and the
+ * instructions themselves count. */
 #include "bench/bench.h"
 #include "store/policy.h"
 
@@ -50,7 +51,8 @@ static void measure(const struct policy_ops *ops, uint32_t n, size_t n_turns)
     }
     line_ns = bench_random_lines(lines, bytes, 1000000, 1, 3);
     snprintf(name, sizeof(name), "%s ids=%u", ops->name, n);
-    bench_line("evict_policy", name, ns, "ns", TURN_LINES * line_ns, "five dependent random lines of the same memory, at most 1 where it is larger than the caches");
+    bench_line("evict_policy", name, ns, "ns", TURN_LINES * line_ns,
+               "five dependent random lines of the same memory, at most 1 where it is larger than the caches");
     snprintf(name, sizeof(name), "%s ids=%u steps", ops->name, n);
     bench_line("evict_policy", name, (double)steps / (double)n_turns, "steps", 6.0 * POLICY_STEPS_PER_CALL,
                "the bound for the calls of a turn, at most 1");

@@ -1,8 +1,8 @@
 /* Replay of a trace of prompts: hit rate against capacity, for each eviction policy and for the offline optimum.
  *
- *   bench_replay [--trace FILE] [--svg FILE]          FILE of JSON lines with "hash_ids", else $KVD_TRACE, else a made-up trace
+ *   bench_replay [--trace FILE] [--svg FILE]     FILE of JSON lines with "hash_ids", else $KVD_TRACE, else made up
  *
- * Capacity is in blocks, from 1/64 of the trace's different blocks to all of them. What is counted: bench/replay_sim.h. */
+ * Capacity is in blocks, from 1/64 of the trace's different blocks to all of them. bench/replay_sim.h says what is counted. */
 #include "bench/bench.h"
 #include "bench/replay_sim.h"
 #include "bench/replay_trace.h"
@@ -14,9 +14,9 @@
 #include <math.h>
 #include <string.h>
 
-#define N_CAPS 13u
+#define N_CAPS       13u
 #define N_CURVES_MAX 8u
-#define MAKE_SEED UINT64_C(7)
+#define MAKE_SEED    UINT64_C(7)
 
 struct curves {
     double x[N_CAPS]; /* capacity as a part of the trace's blocks */
@@ -61,7 +61,8 @@ static void file_name(const char *path, char *ret, size_t room)
 
 static int draw(const struct trace *t, const struct curves *c, const char *trace_path, const char *path)
 {
-    static const char *const colours[N_CURVES_MAX] = {"#555", "#d1495b", "#00798c", "#edae49", "#6a4c93", "#2e8b57", "#888", "#000"};
+    static const char *const colours[N_CURVES_MAX] = {"#555",    "#d1495b", "#00798c", "#edae49",
+                                                      "#6a4c93", "#2e8b57", "#888",    "#000"};
     struct plot_series series[N_CURVES_MAX];
     char subtitle[200], name[60] = "made-up agents";
     struct plot p = {

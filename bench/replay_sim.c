@@ -117,7 +117,8 @@ struct oracle {
 
 static bool further(const struct furthest *a, const struct furthest *b)
 {
-    return a->next != b->next ? a->next > b->next : a->block > b->block; /* never again: children are numbered after parents */
+    /* Never again is the same for all: then the later number, for children are numbered after their parents. */
+    return a->next != b->next ? a->next > b->next : a->block > b->block;
 }
 
 static void heap_push(struct oracle *o, struct furthest x)

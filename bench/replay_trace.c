@@ -155,7 +155,7 @@ int trace_read(struct trace *t, const char *path, size_t *ret_line)
     return r;
 }
 
-#define MAKE_SYSTEMS 12u
+#define MAKE_SYSTEMS  12u
 #define MAKE_SESSIONS 64u
 #define MAKE_REQUESTS 6000u
 

@@ -1,8 +1,8 @@
 /* A trace of requests to a prefix cache: read from a file, or made up.
  *
- * File: JSON lines, one request each, in order of arrival, with a member "hash_ids": [n, n, ...]: the numbers of the blocks of its
- * prompt from the start; a number stands for a block's content together with all before it (the published Mooncake traces have
- * this form, with blocks of 512 tokens). Other members are ignored. */
+ * File: JSON lines, one request each, in order of arrival, with a member "hash_ids": [n, n, ...]: the numbers of the
+ * blocks of its prompt from the start; a number stands for a block's content together with all before it (the published
+ * Mooncake traces have this form, with blocks of 512 tokens). Other members are ignored. */
 #ifndef KVD_BENCH_REPLAY_TRACE_H
 #define KVD_BENCH_REPLAY_TRACE_H
 
@@ -26,9 +26,9 @@ struct trace {
 /* -errno; -EINVAL with ret_line set if a line is not of the form. trace_deinit after either answer. */
 int trace_read(struct trace *t, const char *path, size_t *ret_line);
 
-/* Agents at work: each of many sessions starts from one of a few long system prompts (popular ones more often), then sends its whole
- * history again turn after turn, each time longer; some end early, some sleep long; between them come prompts that never return.
- * The same seed gives the same trace. -ENOMEM. */
+/* Agents at work: each of many sessions starts from one of a few long system prompts (popular ones more often), then
+ * sends its whole history again turn after turn, each time longer; some end early, some sleep long; between them come
+ * prompts that never return. The same seed gives the same trace. -ENOMEM. */
 int trace_make(struct trace *t, uint64_t seed);
 
 void trace_deinit(struct trace *t);

@@ -3,11 +3,11 @@
 #include <errno.h>
 #include <math.h>
 
-#define WIDTH 760.0
+#define WIDTH  760.0
 #define HEIGHT 460.0
-#define LEFT 72.0
-#define RIGHT 24.0
-#define TOP 68.0
+#define LEFT   72.0
+#define RIGHT  24.0
+#define TOP    68.0
 #define BOTTOM 64.0
 
 struct frame {
@@ -78,7 +78,8 @@ static void draw_series(const struct frame *r, const struct plot *p, const struc
         fprintf(r->f, "%s%.1f,%.1f", i ? " " : "", at_x(r, p->x[i]), at_y(r, s->y[i]));
     fprintf(r->f, "'/>\n");
     for (size_t i = 0; i < p->n_x; i++)
-        fprintf(r->f, "<circle cx='%.1f' cy='%.1f' r='2.8' fill='%s'/>\n", at_x(r, p->x[i]), at_y(r, s->y[i]), s->colour);
+        fprintf(r->f, "<circle cx='%.1f' cy='%.1f' r='2.8' fill='%s'/>\n", at_x(r, p->x[i]), at_y(r, s->y[i]),
+                s->colour);
 }
 
 /* Lower right corner: curves of hit rate rise to the right, so that it is empty. */
@@ -102,10 +103,11 @@ int plot_write_svg(const struct plot *p, FILE *f)
     struct frame r = {.f = f, .x_min = log2(p->x[0]), .x_max = log2(p->x[p->n_x - 1])};
 
     scale_y(&r, p);
-    fprintf(f,
-            "<svg xmlns='http://www.w3.org/2000/svg' width='%g' height='%g' viewBox='0 0 %g %g' font-family='sans-serif' "
-            "font-size='12'>\n<rect width='100%%' height='100%%' fill='white'/>\n",
-            WIDTH, HEIGHT, WIDTH, HEIGHT);
+    fprintf(
+        f,
+        "<svg xmlns='http://www.w3.org/2000/svg' width='%g' height='%g' viewBox='0 0 %g %g' font-family='sans-serif' "
+        "font-size='12'>\n<rect width='100%%' height='100%%' fill='white'/>\n",
+        WIDTH, HEIGHT, WIDTH, HEIGHT);
     fprintf(f, "<text x='%.1f' y='28' font-size='16' font-weight='bold'>%s</text>\n", LEFT, p->title);
     fprintf(f, "<text x='%.1f' y='48' fill='#555'>%s</text>\n", LEFT, p->subtitle);
     draw_axes(&r, p);

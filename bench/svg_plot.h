@@ -1,4 +1,5 @@
-/* A line chart as SVG: a logarithmic (base 2) x axis, a y axis from 0 in percent, a legend. No fonts or scripts are fetched. */
+/* A line chart as SVG: a logarithmic (base 2) x axis, a y axis from 0 in percent, a legend. No fonts or scripts are
+ * fetched. */
 #ifndef KVD_BENCH_SVG_PLOT_H
 #define KVD_BENCH_SVG_PLOT_H
 

@@ -3,9 +3,10 @@
  *        inserting end                       evicting end
  *     head -> [id] <-> [id] <-> [id] <-> [id] <- tail            prev points towards the head, next towards the tail
  *
- * A PARKED id stays linked where it is. A scan from the evicting end that meets one whose turn has come takes it off (it is then
- * set aside: PARKED, in no queue); unpark() puts it back at the evicting end. So a scan looks at a parked id once for each time
- * that it came into a queue, and an id that is parked and unparked between two scans has not moved at all.
+ * A PARKED id stays linked where it is. A scan from the evicting end that meets one whose turn has come takes it off
+ * (it is then set aside: PARKED, in no queue); unpark() puts it back at the evicting end. So a scan looks at a parked
+ * id once for each time that it came into a queue, and an id that is parked and unparked between two scans has not
+ * moved at all.
  *
  * For store/policy*.c only. */
 #ifndef KVD_STORE_POLICY_T_H
@@ -95,7 +96,8 @@ static inline void policy_move(struct policy *p, struct policy_node *x, enum pol
 }
 
 /* Checks P1 to P4 over a policy's nodes and queues; queue k of qs holds the linked ids whose node says queue == k. */
-void policy_assert_nodes(const struct policy *p, const struct policy_node *nodes, const struct policy_queue *qs, size_t n_qs);
+void policy_assert_nodes(const struct policy *p, const struct policy_node *nodes, const struct policy_queue *qs,
+                         size_t n_qs);
 
 extern const struct policy_ops policy_s3fifo;
 extern const struct policy_ops policy_lru;

@@ -24,7 +24,8 @@ const struct policy_ops *policy_find(const char *name)
     return NULL;
 }
 
-static void assert_queue(const struct policy *p, const struct policy_node *nodes, const struct policy_queue *q, size_t k)
+static void assert_queue(const struct policy *p, const struct policy_node *nodes, const struct policy_queue *q,
+                         size_t k)
 {
     uint32_t n = 0, prev = POLICY_NIL;
 
@@ -36,7 +37,8 @@ static void assert_queue(const struct policy *p, const struct policy_node *nodes
     assert(n == q->n && q->tail == prev);
 }
 
-void policy_assert_nodes(const struct policy *p, const struct policy_node *nodes, const struct policy_queue *qs, size_t n_qs)
+void policy_assert_nodes(const struct policy *p, const struct policy_node *nodes, const struct policy_queue *qs,
+                         size_t n_qs)
 {
     uint32_t n[POLICY_N_STATES] = {0};
     uint64_t n_linked = 0, n_queued = 0;

@@ -1,18 +1,19 @@
 /* The ghost: keys that were evicted not long ago, by fingerprint.
  *
- * A fixed table of 8-byte slots in buckets of one cache line. A fingerprint belongs to one bucket; adding to a full bucket forgets
- * the oldest of that bucket. A sequence number gives ages, so that "among the last `window` evicted" is a comparison and nothing
- * ever has to be taken out.
+ * A fixed table of 8-byte slots in buckets of one cache line. A fingerprint belongs to one bucket; adding to a full
+ * bucket forgets the oldest of that bucket. A sequence number gives ages, so that "among the last `window` evicted" is
+ * a comparison and nothing ever has to be taken out.
  *
  *     bucket:  [fp seq] [fp seq] [fp seq] [fp seq] [fp seq] [fp seq] [fp seq] [fp seq]        seq 0 = free
  *
  *   G1  A fingerprint is in its own bucket and at most once.
- *   G2  What was added is found until it is taken, unless it fell out of the window or 8 later ones came into its bucket.
- *   G3  What is found was added: but two keys with one fingerprint (32 bits) are one key here, with a probability of about
- *       window / 2^32 for a new key. The cost is a block that lives longer than it should.
+ *   G2  What was added is found until it is taken, unless it fell out of the window or 8 later ones came into its
+ *       bucket.
+ *   G3  What is found was added: but two keys with one fingerprint (32 bits) are one key here, with a probability of
+ *       about window / 2^32 for a new key. The cost is a block that lives longer than it should.
  *
- * Sequence numbers wrap after 2^32 evictions: a slot that no add to its bucket has replaced in all that time could then look fresh.
- * The cost is the same.
+ * Sequence numbers wrap after 2^32 evictions: a slot that no add to its bucket has replaced in all that time could then
+ * look fresh. The cost is the same.
  *
  * For store/policy*.c. The caller lends the memory. */
 #ifndef KVD_STORE_POLICY_GHOST_H

@@ -4,14 +4,14 @@
  *                                                              ^  |
  *                                                       unpark |  v set aside (parked when its turn came)
  *
- *   L1  The queue is in order of last use, but for ids that come back from being set aside: those are older than all the rest, and
- *       leave latest unparked first.
+ *   L1  The queue is in order of last use, but for ids that come back from being set aside: those are older than all
+ *       the rest, and leave latest unparked first.
  *   L2  Ids that are set aside are PARKED and were last used before every id that has stayed in the queue since.
  *
- * A hit on a parked id moves it like any other, so an inner block of a chain that is in use keeps its true place and a parent
- * whose last child leaves is next only if it has not been used since its turn came. */
-#include "store/policy.h"
+ * A hit on a parked id moves it like any other, so an inner block of a chain that is in use keeps its true place and a
+ * parent whose last child leaves is next only if it has not been used since its turn came. */
 #include "store/policy-t.h"
+#include "store/policy.h"
 
 #include <errno.h>
 #include <stdlib.h>

@@ -1,5 +1,6 @@
-/* S3-FIFO: three first-in-first-out queues (Yang, Zhang, Qiu, Yue, Rashmi: "FIFO queues are all you need for cache eviction",
- * SOSP 2023). Most blocks are used once; the small queue lets them go before they push out what is used again.
+/* S3-FIFO: three first-in-first-out queues (Yang, Zhang, Qiu, Yue, Rashmi: "FIFO queues are all you need for cache
+ * eviction", SOSP 2023). Most blocks are used once; the small queue lets them go before they push out what is used
+ * again.
  *
  *                               freq >= S3_PROMOTE: freq = 0               +--------+ freq > 0: freq - 1
  *     insert --> [head  small  tail] ---------------------+                v        |
@@ -11,21 +12,22 @@
  *                           victim, keep --> [head  resting  tail] -------+ one for each id evicted
  *
  *   S1  freq counts uses up to S3_FREQ_MAX; a hit writes that one byte and moves nothing.
- *   S2  n_in[k] counts the ids whose node says queue k and that are not PENDING: linked there or set aside from there. Set-aside
- *       ids take room, so shares are of what is present, not of what is linked.
- *   S3  victim() takes from the small queue while that holds more than its share of what is present, else from main; from the
- *       other one if the first has nothing evictable; from the resting ones if neither has.
+ *   S2  n_in[k] counts the ids whose node says queue k and that are not PENDING: linked there or set aside from there.
+ *       Set-aside ids take room, so shares are of what is present, not of what is linked.
+ *   S3  victim() takes from the small queue while that holds more than its share of what is present, else from main;
+ *       from the other one if the first has nothing evictable; from the resting ones if neither has.
  *   S4  The ghost remembers what left by the small queue, for as many evictions as main's share of what is present.
- *   S5  A PARKED id goes through promotion, decay and reinsertion like any other. Only where it would have been the victim is it
- *       set aside, with its queue and its freq; unparked, it stands at the evicting end of that queue again.
- *   S6  An id that was refused (keep: it is leased) rests: it is not asked for again before all others, or before other ids have
- *       been evicted. Set aside from there, it comes back to main.
+ *   S5  A PARKED id goes through promotion, decay and reinsertion like any other. Only where it would have been the
+ *       victim is it set aside, with its queue and its freq; unparked, it stands at the evicting end of that queue
+ *       again.
+ *   S6  An id that was refused (keep: it is leased) rests: it is not asked for again before all others, or before other
+ *       ids have been evicted. Set aside from there, it comes back to main.
  *
- * Amortised cost (P4): victim() looks at an id and either returns it (one a call), or sets it aside (once for each insert, unpark,
- * keep or evicted that brought it into a queue), or moves it on (which takes from freq what a hit or keep put there). insert() and
- * evicted() look at one bucket of the ghost, and evicted() at one resting id. */
-#include "store/policy.h"
+ * Amortised cost (P4): victim() looks at an id and either returns it (one a call), or sets it aside (once for each
+ * insert, unpark, keep or evicted that brought it into a queue), or moves it on (which takes from freq what a hit or
+ * keep put there). insert() and evicted() look at one bucket of the ghost, and evicted() at one resting id. */
 #include "store/policy-t.h"
+#include "store/policy.h"
 #include "store/policy_ghost.h"
 
 #include <errno.h>
@@ -33,12 +35,12 @@
 
 #define S3_FREQ_MAX 3u
 
-/* Two figures differ from the paper's (10 % and 2), which suit loads where most keys never return and the others return in bursts.
- * A request uses each block of its chain once, so a second use is another request already, and no burst to see through: one hit
- * promotes. And a prefix first returns when a turn is over, later than it does from then on, so that its trial must be long: half.
- * docs/eviction.md has the measurements. */
+/* Two figures differ from the paper's (10 % and 2), which suit loads where most keys never return and the others return
+ * in bursts. A request uses each block of its chain once, so a second use is another request already, and no burst to
+ * see through: one hit promotes. And a prefix first returns when a turn is over, later than it does from then on, so
+ * that its trial must be long: half. docs/eviction.md has the measurements. */
 #define S3_SMALL_PERCENT 50u
-#define S3_PROMOTE 1u
+#define S3_PROMOTE       1u
 
 enum { S3_SMALL, S3_MAIN, S3_RESTING, S3_N_QUEUES };
 

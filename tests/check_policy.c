@@ -441,8 +441,8 @@ START_TEST(ghost_protects)
 }
 END_TEST
 
-/* A key that left by remove(), or as many evictions ago as main's share is, is new when it comes again: it leaves before a key that
- * came after it. One that left an eviction less long ago stays longer. */
+/* A key that left by remove(), or as many evictions ago as main's share is, is new when it comes again: it leaves
+ * before a key that came after it. One that left an eviction less long ago stays longer. */
 START_TEST(ghost_forgets)
 {
     static const struct {
@@ -480,7 +480,8 @@ START_TEST(ghost_forgets)
 }
 END_TEST
 
-/* Two fifths of the cache are used again; then comes a scan ten times its capacity. S3-FIFO still has them, LRU has lost them all. */
+/* Two fifths of the cache are used again; then comes a scan ten times its capacity. S3-FIFO still has them, LRU has
+ * lost them all. */
 START_TEST(scan)
 {
     enum { HOT = 400, N = 1000 };

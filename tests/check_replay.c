@@ -1,4 +1,5 @@
-/* What the replay bench says: the offline optimum against trying everything, the trace reader, and that no policy beats the optimum. */
+/* What the replay bench says: the offline optimum against trying everything, the trace reader, and that no policy beats
+ * the optimum. */
 #include "bench/replay_sim.h"
 #include "bench/replay_trace.h"
 
@@ -61,7 +62,7 @@ START_TEST(reads)
                      0);
     ck_assert_uint_eq(t.n_requests, 4);
     ck_assert_uint_eq(t.n_uses, 7);
-    ck_assert_uint_eq(t.n_blocks, 5); /* 5, 6, 7, 9 below 6, and a 6 with no parent, which is another block than the first 6 */
+    ck_assert_uint_eq(t.n_blocks, 5); /* 5, 6, 7, 9 below 6, and a 6 with no parent, another than the first 6 */
     ck_assert_uint_eq(t.uses[0], t.uses[3]);
     ck_assert_uint_eq(t.parent[t.uses[5]], t.uses[4]);
     ck_assert_uint_eq(t.parent[t.uses[6]], TRACE_NO_PARENT);

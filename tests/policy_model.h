@@ -1,5 +1,5 @@
-/* The eviction policies again, written for reading and not for speed: queues are arrays that are shifted, counts are counted.
- * What check_policy compares the real ones with. */
+/* The eviction policies again, written for reading and not for speed: queues are arrays that are shifted, counts are
+ * counted. What check_policy compares the real ones with. */
 #ifndef KVD_TESTS_POLICY_MODEL_H
 #define KVD_TESTS_POLICY_MODEL_H
 

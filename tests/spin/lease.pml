@@ -1,23 +1,25 @@
 /* Lease against eviction against death, on a machine with store buffers.
  *
- * A worker leases an entry of the mapped index without a system call; the daemon evicts and reuses entries without a lock; each may
- * die between any two instructions. This model is the protocol of proto/lookup.h (worker) and of the cache in store/ (daemon):
+ * A worker leases an entry of the mapped index without a system call; the daemon evicts and reuses entries without a
+ * lock; each may die between any two instructions. This model is the protocol of proto/lookup.h (worker) and of the
+ * cache in store/ (daemon):
  *
- *   worker                                           daemon
- *     1  g = gen: even, else miss                      1  gen = g | 1
- *        key is the one wanted, else miss              2  full fence
- *     2  lease word = (entry, g)                       3  reads the lease words of all workers that it does not know dead
- *     3  full fence                                       one is (entry, g):  gen = g     the entry lives on
- *     4  gen is g still, else clears the word: miss       none:               writes the next payload, the key, gen = g + 2
+ *   worker                                     daemon
+ *     1  g = gen: even, else miss                1  gen = g | 1
+ *        key is the one wanted, else miss        2  full fence
+ *     2  lease word = (entry, g)                 3  reads the lease words of all workers that it does not know dead
+ *     3  full fence                                 one is (entry, g):  gen = g, the entry lives on
+ *     4  gen is g still, else clears the            none:               writes the next payload, key, gen = g + 2
+ *        word: miss
  *     5  reads the payload: the lease holds
  *     6  lease word = 0 (release)
  *
- * Memory: x86's total store order. A store goes into its processor's buffer (STORE_BUFFER deep, first in first out) and reaches memory
- * some time later, even if the process has been killed meanwhile; a full fence waits until the buffer is empty. Loads read memory:
- * nobody here loads a word that it stores itself, so there is nothing to forward.
+ * Memory: x86's total store order. A store goes into its processor's buffer (STORE_BUFFER deep, first in first out) and
+ * reaches memory some time later, even if the process has been killed meanwhile; a full fence waits until the buffer is
+ * empty. Loads read memory: nobody here loads a word that it stores itself, so there is nothing to forward.
  *
- * The first daemon may be killed anywhere: what it shared stays as it is, workers go on reading it, and attach to the second daemon,
- * which has memory of its own, whenever they notice.
+ * The first daemon may be killed anywhere: what it shared stays as it is, workers go on reading it, and attach to the
+ * second daemon, which has memory of its own, whenever they notice.
  *
  * Checked (all runs are finite, so what holds at their end is reached always):
  *   L1  No store to a payload reaches memory while a living worker holds a lease on it.
@@ -27,7 +29,8 @@
  *
  * Each of these switches breaks the protocol at one place; every one must lead to an error (tests/test_spin.sh):
  *   NO_FENCE_WORKER NO_FENCE_DAEMON NO_RECHECK NO_KEY_CHECK EARLY_RELEASE NO_SCAN NO_HANGUP KEY_AFTER_GEN
- * These show that the interesting states are reached, by an error there: a lease from the second daemon, a lease that stops an eviction:
+ * These show that the interesting states are reached, by an error there: a lease from the second daemon, a lease that
+ * stops an eviction:
  *   REACH_LEASE REACH_KEPT */
 
 #ifndef WORKERS
@@ -45,8 +48,8 @@
 
 /* RESTART: the first daemon may be killed too. */
 
-/* Shared words of one daemon: one entry with its payload of two words, and a page with one lease word for each worker. A payload's
- * words say which key they belong to. */
+/* Shared words of one daemon: one entry with its payload of two words, and a page with one lease word for each worker.
+ * A payload's words say which key they belong to. */
 #define GEN 0
 #define KEY 1
 #define PAY0 2
