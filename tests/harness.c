@@ -393,6 +393,7 @@ void worker_start(struct worker *w, const struct harness *h, uid_t uid)
     w->from = fdopen(out[0], "r");
     if (!w->to || !w->from)
         test_die(NULL, "fdopen: %s", strerror(errno));
+    worker_ask(w, "info"); /* it has attached, or tried to */
 }
 
 void worker_tell(struct worker *w, const char *format, ...)

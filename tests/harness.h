@@ -77,7 +77,8 @@ struct worker {
     FILE *to, *from;
     char reply[512];
 };
-/* A worker that is told what to do line by line (see tests/worker.c). uid: that it runs as; (uid_t)-1: the test's. */
+/* A worker that is told what to do line by line (see tests/worker.c). uid: that it runs as; (uid_t)-1: the test's. Its attempt to
+ * attach is over when this returns. */
 void worker_start(struct worker *w, const struct harness *h, uid_t uid);
 /* Sends a line, waits for the reply line and returns it (valid until the next). A worker that has died ends the test. */
 const char *worker_ask(struct worker *w, const char *format, ...) __attribute__((format(printf, 2, 3)));

@@ -211,7 +211,7 @@ START_TEST(no_tenant_no_session)
     harness_start(&h);
     before = harness_stat(&h, "kvd_sessions_refused_total", NULL);
     worker_start(&other, &h, 65534);
-    expect_error(worker_ask(&other, "ping"), KVD_E_DENIED, "65534");
+    expect_error(worker_ask(&other, "ping"), KVD_E_DENIED, "[tenant]");
     worker_stop(&other);
     ck_assert_uint_gt(harness_stat(&h, "kvd_sessions_refused_total", NULL), before);
     worker_start(&other, &h, 65532);
@@ -224,7 +224,7 @@ END_TEST
 
 START_TEST(sessions_are_bounded)
 {
-    struct fixture *f = setup("sessions_max = 6", NULL);
+    struct fixture *f = setup("sessions_max = 6", "sessions_per_uid = 6"); /* the first is not for root */
     struct raw raw[8];
     int n = 0, error = 0;
 
@@ -233,7 +233,7 @@ START_TEST(sessions_are_bounded)
         error = raw_hello(&raw[n], "one more");
     }
     ck_assert_int_eq(error, KVD_E_LIMIT);
-    ck_assert_ptr_nonnull(strstr(raw[n - 1].reply.reason, "6"));
+    ck_assert_ptr_nonnull(strstr(raw[n - 1].reply.reason, "sessions_"));
     ck_assert_uint_gt(harness_stat(&f->h, "kvd_sessions_refused_total", NULL), 0);
     while (n > 0)
         raw_close(&raw[--n]);
@@ -381,7 +381,7 @@ START_TEST(spaces)
     OK(f, "open 0 raw@1 8");
     OK(f, "open 1 raw@2 8");
     OK(f, "open 2 raw@3 8");
-    expect_error(worker_ask(&f->w, "open 3 raw@4 8"), KVD_E_LIMIT, "3");
+    expect_error(worker_ask(&f->w, "open 3 raw@4 8"), KVD_E_LIMIT, "spaces_max");
     OK(f, "open 4 raw@2 8"); /* one that exists */
     kvd_detach(k);
     teardown(f);
@@ -477,7 +477,7 @@ START_TEST(flights_are_bounded)
     OK(f, "open 0 raw 40");
     SAYS(f, "ok 0", "match 0 1 480");
     SAYS(f, "ok gggg", "flight 0 0 4");
-    expect_error(worker_ask(&f->w, "flight 0 4 1"), KVD_E_LIMIT, "4");
+    expect_error(worker_ask(&f->w, "flight 0 4 1"), KVD_E_LIMIT, "flights_per_worker");
     SAYS(f, "ok", "end 0 0 4");
     SAYS(f, "ok g", "flight 0 4 1");
     teardown(f);
@@ -538,8 +538,8 @@ START_TEST(a_full_tier_evicts)
     struct fixture *f = setup("host_bytes = 8M", NULL);
 
     OK(f, "open 0 raw 40");
-    ck_assert_int_eq(fill(f, 120, 0), 120); /* 1200 blocks of 32 KiB into 8 MiB */
-    ck_assert_uint_gt(harness_stat(&f->h, "kvd_tenant_evicted_total", NULL), 800);
+    ck_assert_int_eq(fill(f, 120, 0), 120); /* 1200 blocks of 16 KiB into 8 MiB */
+    ck_assert_uint_gt(harness_stat(&f->h, "kvd_tenant_evicted_total", NULL), 600);
     ck_assert_uint_le(harness_stat(&f->h, "kvd_host_used_bytes", NULL), 8 << 20);
     no_orphans(f);
     for (int p = 100; p <= 120; p++) { /* whatever of them is left is right */
@@ -564,25 +564,24 @@ START_TEST(a_full_index_evicts)
 }
 END_TEST
 
-/* Everything is leased: no room, said clearly; once released there is. */
-static void full_of_leases(struct fixture *f, int chains_that_fit)
+/* Everything is leased, by 8 chains of n_blocks: no room, said clearly; once released there is. */
+static void full_of_leases(struct fixture *f, int n_blocks)
 {
     struct worker other;
     uint64_t before;
 
-    (void)chains_that_fit;
     worker_start(&other, &f->h, (uid_t)-1);
     for (int place = 0; place < 8; place++) {
         OK(f, "open %d raw 40", place);
-        OK(f, "match %d %d 160", place, (place + 1) * 64);
-        if (strncmp(worker_ask(&f->w, "publish %d 0 10 0", place), "ok ", 3) != 0)
+        OK(f, "match %d %d %d", place, (place + 1) * 64, n_blocks * 16);
+        if (strncmp(worker_ask(&f->w, "publish %d 0 %d 0", place, n_blocks), "ok ", 3) != 0)
             break;
-        OK(f, "match %d %d 160", place, (place + 1) * 64);
+        OK(f, "match %d %d %d", place, (place + 1) * 64, n_blocks * 16);
     }
     before = harness_stat(&f->h, "kvd_tenant_full_total", NULL);
     ck_assert_int_eq(strncmp(worker_ask(&other, "open 0 raw 40"), "ok ", 3), 0);
-    ck_assert_str_eq(worker_ask(&other, "match 0 6400 160"), "ok 0");
-    worker_ask(&other, "publish 0 0 10 0");
+    ck_assert_str_eq(worker_ask(&other, "match 0 6400 320"), "ok 0");
+    worker_ask(&other, "publish 0 0 20 0");
     ck_assert_msg(strncmp(other.reply, "error 9 ", 8) == 0 || strncmp(other.reply, "error 8 ", 8) == 0, "%s", other.reply);
     ck_assert_uint_gt(strlen(other.reply), 30);
     ck_assert_uint_gt(harness_stat(&f->h, "kvd_tenant_full_total", NULL), before);
@@ -601,16 +600,16 @@ START_TEST(leased_blocks_are_not_evicted)
 {
     struct fixture *f = setup("index_entries = 64", NULL);
 
-    full_of_leases(f, 6);
+    full_of_leases(f, 10);
     teardown(f);
 }
 END_TEST
 
 START_TEST(a_quota_holds)
 {
-    struct fixture *f = setup("tenant_quota = 2M", NULL); /* one slab of 64 slots of 32 KiB */
+    struct fixture *f = setup("tenant_quota = 2M", NULL); /* one slab, 128 slots of 16 KiB */
 
-    full_of_leases(f, 6);
+    full_of_leases(f, 20);
     ck_assert_uint_le(harness_stat(&f->h, "kvd_tenant_slab_bytes", NULL), 2 << 20);
     teardown(f);
 }
@@ -618,13 +617,13 @@ END_TEST
 
 START_TEST(a_space_quota_holds)
 {
-    struct fixture *f = setup("space_quota = 640K", NULL);
+    struct fixture *f = setup("space_quota = 320K", NULL);
 
     OK(f, "open 0 raw@a 40");
     OK(f, "open 1 raw@b 40");
     ck_assert_int_eq(fill(f, 5, 0), 5);
     ck_assert_int_eq(fill(f, 1, 1), 1);
-    ck_assert_uint_le(harness_stat(&f->h, "kvd_tenant_payload_bytes", NULL), 2 * 640 * 1024);
+    ck_assert_uint_le(harness_stat(&f->h, "kvd_tenant_payload_bytes", NULL), 2 * 320 * 1024);
     SAYS(f, "ok 160", "match 1 64 160"); /* the other space has lost nothing to it */
     SAYS(f, "ok 10 0 0", "load 1 verify");
     no_orphans(f);
