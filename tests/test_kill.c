@@ -229,7 +229,7 @@ START_TEST(daemons_die)
     crowd_init(&c, "daemons");
     for (unsigned i = 0; i < n_workers; i++)
         enter(&c, i);
-    await_attached(&c, n_workers, 0);
+    await_attached(&c, n_workers, test_usec());
     c.worst_attach_usec = 0;
     for (unsigned killed = 0; killed < n; killed++) {
         uint64_t dead;
