@@ -2,6 +2,7 @@
 
 #include <assert.h>
 #include <errno.h>
+#include <inttypes.h>
 #include <stdlib.h>
 
 #include "daemon/daemon.h"
@@ -115,7 +116,9 @@ void request_flight_begin(struct session *s, const struct request *rq)
             while (i-- > 0) /* all or nothing; ending what this worker had before does no harm but to its own waiters */
                 if (states[i] == KVD__V1__FLIGHT_STATE__GRANTED)
                     flight_end(d->flights, s->tenant->id, space->id, m->key[i].data, s->worker);
-            reply_error(s, rq->id, ERROR_LIMIT, "fewer; options flights and flights_per_worker", "too many flights");
+            reply_error(s, rq->id, ERROR_LIMIT, "fewer; options flights_per_worker and flights",
+                        "too many flights; %" PRIu64 " of one worker, %" PRIu64 " in all are allowed", d->options.flights_per_worker,
+                        d->options.flights);
             return;
         }
         states[i] = r == FLIGHT_GRANTED ? KVD__V1__FLIGHT_STATE__GRANTED : KVD__V1__FLIGHT_STATE__IN_FLIGHT;
@@ -171,7 +174,8 @@ void request_flight_wait(struct session *s, const struct request *rq)
     if (r == -ENOENT)
         reply_wait(s, rq->id, false, false);
     else
-        reply_error(s, rq->id, ERROR_LIMIT, "fewer at once; option flight_waiters", "too many requests wait for flights");
+        reply_error(s, rq->id, ERROR_LIMIT, "fewer at once; option flight_waiters", "%" PRIu64 " requests wait for flights already",
+                    d->options.flight_waiters);
 }
 
 void request_flight_end(struct session *s, const struct request *rq)

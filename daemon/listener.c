@@ -246,6 +246,11 @@ int listener_create(struct daemon *d, struct listener **ret)
     return 0;
 }
 
+const char *listener_path(const struct listener *l)
+{
+    return l->bound ? l->path : "a socket of the service manager";
+}
+
 struct listener *listener_destroy(struct listener *l)
 {
     if (!l)

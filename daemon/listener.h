@@ -10,6 +10,8 @@ struct listener;
 
 /* Listens; every failure is logged with what to do. -errno. */
 int listener_create(struct daemon *d, struct listener **ret);
+/* Where it listens, for people. */
+const char *listener_path(const struct listener *listener);
 /* Takes its own socket file away. NULL allowed; returns NULL. */
 struct listener *listener_destroy(struct listener *listener);
 /* After a pause for want of descriptors: takes connections again. NULL allowed. */

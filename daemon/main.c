@@ -251,7 +251,7 @@ static int run(struct program *p)
 
     if (r >= 0) {
         log_write(&d->log, LOG_INFO, "ready: %s, %u tenants, %.1f MiB for blocks, %u helper threads, %s codecs",
-                  sd_listen_fds(0) > 0 ? "socket of the service manager" : d->options.socket, d->tenants->n,
+                  listener_path(d->listener), d->tenants->n,
                   (double)d->budget.limit_bytes / (1 << 20), jobs_threads(d->jobs), d->codec->name);
         sd_notify(0, "READY=1");
         daemon_status(d);

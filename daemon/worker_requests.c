@@ -3,6 +3,8 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <inttypes.h>
+#include <stdarg.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
@@ -55,8 +57,15 @@ static bool is_admin(const struct session *s, const struct peer *peer)
     return false;
 }
 
-static void refuse(struct session *s, const struct request *rq, enum error_code code, const char *allowed, const char *reason)
+__attribute__((format(printf, 5, 6))) static void refuse(struct session *s, const struct request *rq, enum error_code code,
+                                                         const char *allowed, const char *format, ...)
 {
+    char reason[200];
+    va_list ap;
+
+    va_start(ap, format);
+    vsnprintf(reason, sizeof(reason), format, ap);
+    va_end(ap);
     reply_error(s, rq->id, code, allowed, "%s", reason);
     session_close(s, NULL);
 }
@@ -148,16 +157,19 @@ static bool hello_allowed(struct session *s, const struct request *rq, const Kvd
     if (m->version_min > MESSAGES_VERSION || m->version_max < MESSAGES_VERSION)
         refuse(s, rq, ERROR_PROTOCOL, "a range that holds 1", "none of the messages' versions is spoken here");
     else if (strlen(m->name) > SESSION_NAME_MAX)
-        refuse(s, rq, ERROR_PROTOCOL, "at most 63 bytes", "the name is too long");
+        refuse(s, rq, ERROR_PROTOCOL, "at most 63 bytes", "the name is %zu bytes long", strlen(m->name));
     else if (!t && !m->admin_only)
-        refuse(s, rq, ERROR_DENIED, "a user or group that a [tenant] section claims", "this user belongs to no tenant");
+        refuse(s, rq, ERROR_DENIED, "a user or group that a [tenant] section claims", "uid %u belongs to no tenant", s->uid);
     else if (d->draining && !m->admin_only)
         refuse(s, rq, ERROR_DRAINING, "later, or another daemon", "the daemon takes no new workers");
-    else if (d->n_attached >= d->options.sessions_max && !s->admin)
-        refuse(s, rq, ERROR_LIMIT, "fewer workers, or a greater sessions_max", "sessions_max workers are attached");
-    else if (attached_of(d, s->uid) >= d->options.sessions_per_uid && !(s->admin && m->admin_only))
-        refuse(s, rq, ERROR_LIMIT, "fewer workers, or a greater sessions_per_uid",
-               "sessions_per_uid workers of this user are attached");
+    else if (s->admin && m->admin_only)
+        return true; /* so that there is a way in when all is full */
+    else if (d->n_attached >= d->options.sessions_max)
+        refuse(s, rq, ERROR_LIMIT, "fewer workers, or a greater sessions_max", "all %" PRIu64 " sessions are taken",
+               d->options.sessions_max);
+    else if (attached_of(d, s->uid) >= d->options.sessions_per_uid)
+        refuse(s, rq, ERROR_LIMIT, "fewer workers, or a greater sessions_per_uid", "all %" PRIu64 " sessions of uid %u are taken",
+               d->options.sessions_per_uid, s->uid);
     else
         return true;
     return false;
@@ -313,7 +325,11 @@ void request_space_open(struct session *s, const struct request *rq)
         cache_space_close(s->tenant->cache, space);
         reason = "the daemon has no memory for it";
     }
-    reply_error(s, rq->id, r == -ENOSPC || r == -ENOMEM ? ERROR_LIMIT : ERROR_LAYOUT, "", "%s", reason);
+    if (r == -ENOSPC)
+        reply_error(s, rq->id, ERROR_LIMIT, "spaces that are there, or a greater spaces_max", "tenant %s has its %" PRIu64 " spaces",
+                    s->tenant->name, s->daemon->options.spaces_max);
+    else
+        reply_error(s, rq->id, r == -ENOMEM ? ERROR_LIMIT : ERROR_LAYOUT, "", "%s", reason);
 }
 
 void request_space_close(struct session *s, const struct request *rq)
