@@ -20,6 +20,7 @@ libkvdclient_la_SOURCES = \
 	client/libkvd/kvd_session.c \
 	client/libkvd/kvd_space.c \
 	client/libkvd/kvd_staging.c client/libkvd/kvd_staging.h
+KVD_CLIENT_LIBS = libkvdclient.la $(KVD_KERNELS_LIBS) $(KVD_PROTO_LIBS) $(CRYPTO_LIBS) -lpthread
 
 lib_LTLIBRARIES += libkvd.la
 libkvd_la_SOURCES =

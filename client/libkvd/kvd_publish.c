@@ -120,7 +120,7 @@ static void send_batch(struct publish *u, struct batch *b)
     Kvd__V1__Publish m = KVD__V1__PUBLISH__INIT;
     int r;
 
-    if (b->n == 0)
+    if (b->n == 0 || b->sent)
         return;
     m.space = u->space_id;
     m.staging = b->chunk->id;
@@ -202,7 +202,7 @@ static void describe(const struct publish *u, size_t block, uint32_t group, Kvd_
     m->first = i == 0;
 }
 
-/* A batch that has a chunk and is not under way; waits for what must be waited for. */
+/* Makes b a batch that has a chunk and is not under way; waits for what must be waited for. The other is empty or was sent. */
 static int ready_batch(struct publish *u, struct batch *b, struct batch *other, uint64_t bytes)
 {
     int r;
@@ -217,7 +217,6 @@ static int ready_batch(struct publish *u, struct batch *b, struct batch *other, 
     if (r != KVD_E_LIMIT || !other->chunk)
         return r;
     /* Room for one only: take over the other's when the daemon is done with it. */
-    send_batch(u, other);
     finish_batch(u, other);
     b->chunk = other->chunk;
     other->chunk = NULL;
