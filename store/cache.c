@@ -437,7 +437,7 @@ int cache_commit(struct cache *c, struct cache_slot *slot)
     c->n_published++;
     cache_space_list_add(c, e);
     m->in_policy = true;
-    c->config.policy->insert(c->policy, e, lookup_hash(0, key, entry_of(c, e)->space, entry_of(c, e)->group));
+    c->config.policy->insert(c->policy, e, lookup_hash(c->index.view.seed, key, entry_of(c, e)->space, entry_of(c, e)->group));
     cache_settle(c, e);
     slot->payload = NULL;
     return 0;
