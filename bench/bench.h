@@ -61,6 +61,15 @@ static inline double bench_minimum(const double *samples, size_t n)
     return v;
 }
 
+static inline double bench_maximum(const double *samples, size_t n)
+{
+    double v = samples[0];
+
+    for (size_t i = 1; i < n; i++)
+        v = samples[i] > v ? samples[i] : v;
+    return v;
+}
+
 static inline void bench_line(const char *bench, const char *name, double value, const char *unit, double limit,
                               const char *limit_is)
 {

@@ -43,7 +43,7 @@ struct crowd {
     char board_path[128];
     pid_t pids[HARNESS_WORKERS_MAX];
     uint64_t seed;
-    uint64_t worst_clean_usec, worst_attach_usec;
+    uint64_t worst_clean_usec, worst_attach_usec, n_evicted;
 };
 
 static void crowd_init(struct crowd *c, const char *name)
@@ -51,7 +51,7 @@ static void crowd_init(struct crowd *c, const char *name)
     memset(c, 0, sizeof(*c));
     c->seed = test_seed(name);
     harness_init(&c->h);
-    harness_option(&c->h, "host_bytes = 24M"); /* less than the load wants: evictions go on all the time */
+    harness_option(&c->h, "host_bytes = 8M"); /* less than the load wants: evictions go on all the time */
     harness_option(&c->h, "index_entries = 4096");
     harness_start(&c->h);
     c->board = board_create(&c->h, c->board_path);
@@ -113,10 +113,10 @@ static void check_sums(const struct crowd *c, const char *what, bool daemon_dies
     static const int by_death[] = {KVD_E_GONE, KVD_E_CONNECT, KVD_E_STALE, KVD_E_TIMEOUT, KVD_E_SPACE, KVD_E_STAGING};
     struct sums s = sum_board(c);
 
-    printf("%s: %llu blocks used and compared, %llu elements wrong, %llu published, %llu rounds, clean after %.3f s, "
+    printf("%s: %llu blocks used and compared, %llu elements wrong, %llu published, %llu evicted, %llu rounds, clean after %.3f s, "
            "attached again after %.3f s at worst\n",
            what, (unsigned long long)s.uses, (unsigned long long)s.wrong, (unsigned long long)s.published,
-           (unsigned long long)s.rounds, (double)c->worst_clean_usec / 1e6, (double)c->worst_attach_usec / 1e6);
+           (unsigned long long)c->n_evicted, (unsigned long long)s.rounds, (double)c->worst_clean_usec / 1e6, (double)c->worst_attach_usec / 1e6);
     fflush(stdout);
     ck_assert_uint_eq(s.wrong, 0);
     ck_assert_uint_gt(s.uses, 100);
@@ -156,6 +156,7 @@ static void check_clean(struct crowd *c, size_t n_left)
     if (n_left)
         return;
     ck_assert_uint_eq(harness_verify(&c->h), 0);
+    c->n_evicted = harness_stat(&c->h, "kvd_tenant_evicted_total", NULL);
     ck_assert_int_eq(kvd_admin_evict(harness_admin(&c->h), &all, 0, 0, &evicted), KVD_OK);
     ck_assert_uint_eq(evicted.kept_leased, 0);
     ck_assert_uint_eq(evicted.kept_pinned, 0);
@@ -201,6 +202,7 @@ START_TEST(workers_die)
     check_clean(&c, 0);
     ck_assert(harness_alive(&c.h));
     check_sums(&c, "workers killed", false);
+    ck_assert_uint_gt(c.n_evicted, 0);
     crowd_deinit(&c);
 }
 END_TEST
