@@ -48,9 +48,24 @@ SUITES += tests/check_cache
 tests_check_cache_SOURCES = tests/check_cache.c
 tests_check_cache_LDADD = $(KVD_STORE_LIBS) $(TEST_LIBS)
 
-SUITES += tests/check_codec_variants
+SUITES += tests/check_crc32c
+tests_check_crc32c_SOURCES = tests/check_crc32c.c
+tests_check_crc32c_LDADD = $(KVD_KERNELS_LIBS) $(TEST_LIBS)
+
+SUITES += tests/check_codec tests/check_codec_error tests/check_codec_variants
+tests_check_codec_SOURCES = tests/check_codec.c tests/check_codec_data.h
+tests_check_codec_LDADD = $(KVD_KERNELS_LIBS) $(TEST_LIBS)
+tests_check_codec_error_SOURCES = tests/check_codec_error.c tests/check_codec_data.h
+tests_check_codec_error_LDADD = $(KVD_KERNELS_LIBS) $(TEST_LIBS)
 tests_check_codec_variants_SOURCES = tests/check_codec_variants.c tests/check_codec_data.h
 tests_check_codec_variants_LDADD = $(KVD_KERNELS_LIBS) $(TEST_LIBS) -lpthread
+
+# Writes tests/golden/codec: `make tests/make_codec_golden`, when a codec is added.
+EXTRA_PROGRAMS += tests/make_codec_golden
+CLEANFILES += tests/make_codec_golden
+tests_make_codec_golden_SOURCES = tests/make_codec_golden.c tests/check_codec_data.h
+tests_make_codec_golden_LDADD = $(KVD_KERNELS_LIBS)
+EXTRA_DIST += tests/golden/codec
 
 SUITES += tests/check_policy
 tests_check_policy_SOURCES = tests/check_policy.c tests/policy_model.c tests/policy_model.h
@@ -79,6 +94,10 @@ tests_worker_LDADD = $(KVD_TEST_LIBS)
 SUITES += tests/test_share
 tests_test_share_SOURCES = tests/test_share.c
 tests_test_share_LDADD = $(KVD_TEST_LIBS) $(TEST_LIBS)
+
+SUITES += tests/test_nosyscall
+tests_test_nosyscall_SOURCES = tests/test_nosyscall.c
+tests_test_nosyscall_LDADD = $(KVD_TEST_LIBS) $(TEST_LIBS)
 
 SUITES += tests/test_limits
 tests_test_limits_SOURCES = tests/test_limits.c
@@ -140,6 +159,8 @@ tests_check_service_LDADD = $(KVD_CLIENT_LIBS) $(TEST_LIBS)
 
 # ---- scripts ----
 PLAIN_SCRIPT_TESTS += tests/test_units.sh
+PLAIN_SCRIPT_TESTS += tests/test_consumer.sh
+EXTRA_DIST += tests/consumer/consumer.c
 PLAIN_SCRIPT_TESTS += tests/test_spin.sh
 EXTRA_DIST += tests/spin/lease.pml
 
