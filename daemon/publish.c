@@ -148,8 +148,12 @@ static int make_parts(struct publish *p)
     for (uint32_t i = 0; i < p->n_blocks; i++)
         n_encoding += p->blocks[i].state == BLOCK_ENCODING;
     for (uint32_t i = 0; i < p->n_blocks; i++)
-        if (p->blocks[i].state == BLOCK_ENCODING)
-            n += p->blocks[i].n_parts_left = parts_of(p, &p->blocks[i], n_encoding);
+        if (p->blocks[i].state == BLOCK_ENCODING) {
+            uint32_t here = parts_of(p, &p->blocks[i], n_encoding);
+
+            p->blocks[i].n_parts_left = here;
+            n += here;
+        }
     if (n == 0)
         return 0;
     if (FAULT_DUE("job-submit"))
