@@ -10,6 +10,7 @@
 
 #include "kernels/codec/codec.h"
 #include "kernels/codec/codec_num.h"
+#include "kernels/crc32c.h"
 
 /* Head sizes of the models that we know of. */
 static const uint32_t data_dims[] = {64, 80, 96, 128, 192, 256, 512, 576};
@@ -148,15 +149,50 @@ static inline int data_case_next(struct data_case *c)
     }
 }
 
-/* "tq4-80x5" and the like: a case's file. */
+/* Some of them have a file, "tq4-80x5.bin" and the like: side data, then codes. All have a line in LIST. */
+static inline int data_case_has_file(const struct data_case *c)
+{
+    return c->n_tokens == 5 && c->dim <= 128;
+}
+
 static inline void data_case_file(const struct data_case *c, char *buf, size_t n)
 {
-    char *p = buf + snprintf(buf, n, "%s", c->text);
+    size_t used = (size_t)snprintf(buf, n, "%s", c->text);
 
-    for (char *q = buf; *q; q++)
-        if (*q == ':' || *q == ',' || *q == '=')
-            *q = '-';
-    snprintf(p, n - (size_t)(p - buf), "-%ux%u.bin", c->dim, c->n_tokens);
+    for (char *p = buf; *p; p++)
+        if (*p == ':' || *p == ',' || *p == '=')
+            *p = '-';
+    snprintf(buf + used, n - used, "-%ux%u.bin", c->dim, c->n_tokens);
+}
+
+/* What a case must give: its bytes (to be freed) and the line of LIST. */
+static inline uint8_t *data_case_run(const struct data_case *c, const struct codec_ops *ops, size_t *ret_bytes, char line[160])
+{
+    size_t side_bytes = codec_side_bytes(&c->spec, c->n_tokens, c->dim), code_bytes = codec_code_bytes(&c->spec, c->n_tokens, c->dim);
+    size_t n = (size_t)c->n_tokens * c->dim;
+    uint8_t *packed = malloc(side_bytes + code_bytes + 1), *out = malloc(4 * n), *src = malloc(2 * n);
+    uint32_t crc[3];
+
+    if (!packed || !out || !src)
+        abort();
+    data_golden_block(CODEC_F16, c->n_tokens, c->dim, src);
+    if (codec_encode(ops, &c->spec, NULL, CODEC_F16, src, 2 * c->dim, c->n_tokens, c->dim, packed, packed + side_bytes) < 0)
+        abort();
+    crc[0] = crc32c_table(0, packed, side_bytes + code_bytes);
+    for (int d = 0; d < 2; d++) {
+        enum codec_dtype dtype = d ? CODEC_F32 : CODEC_F16;
+        size_t stride = c->dim * codec_dtype_bytes(dtype);
+
+        if (codec_decode(ops, &c->spec, NULL, packed, packed + side_bytes, c->n_tokens, c->dim, 0, c->n_tokens, dtype, out, stride) < 0)
+            abort();
+        crc[1 + d] = crc32c_table(0, out, c->n_tokens * stride);
+    }
+    snprintf(line, 160, "%s dim=%u tokens=%u bytes=%zu crc=%08x f16=%08x f32=%08x", c->text, c->dim, c->n_tokens,
+             side_bytes + code_bytes, crc[0], crc[1], crc[2]);
+    free(src);
+    free(out);
+    *ret_bytes = side_bytes + code_bytes;
+    return packed;
 }
 
 /* Variants that this machine has; the scalar one first. */
