@@ -95,6 +95,12 @@ SUITES += tests/test_share
 tests_test_share_SOURCES = tests/test_share.c
 tests_test_share_LDADD = $(KVD_TEST_LIBS) $(TEST_LIBS)
 
+SUITES += tests/test_alloc
+tests_test_alloc_SOURCES = tests/test_alloc.c
+tests_test_alloc_LDADD = tests/libkvdtest.la libkvdstore.la $(KVD_CLIENT_LIBS) $(TEST_LIBS)
+tests_test_alloc_LDFLAGS = $(AM_LDFLAGS) -Wl,--wrap=malloc,--wrap=calloc,--wrap=realloc,--wrap=posix_memalign,--wrap=free \
+	-Wl,--wrap=strdup,--wrap=memfd_create,--wrap=mmap,--wrap=fallocate
+
 SUITES += tests/test_nosyscall
 tests_test_nosyscall_SOURCES = tests/test_nosyscall.c
 tests_test_nosyscall_LDADD = $(KVD_TEST_LIBS) $(TEST_LIBS)
