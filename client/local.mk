@@ -39,3 +39,19 @@ client/libkvd/libkvd.pc: client/libkvd/libkvd.pc.in Makefile
 	$(AM_V_GEN)$(SED) -e 's|@prefix[@]|$(prefix)|g' -e 's|@exec_prefix[@]|$(exec_prefix)|g' \
 		-e 's|@libdir[@]|$(libdir)|g' -e 's|@includedir[@]|$(includedir)|g' \
 		-e 's|@PACKAGE_VERSION[@]|$(PACKAGE_VERSION)|g' $(srcdir)/client/libkvd/libkvd.pc.in > $@.tmp && mv $@.tmp $@
+
+# ---- kvctl: sees libkvd's public header only ----
+bin_PROGRAMS += kvctl
+kvctl_SOURCES = \
+	client/kvctl/ctl_codec.c \
+	client/kvctl/ctl_doctor.c \
+	client/kvctl/ctl_list.c \
+	client/kvctl/ctl_manage.c client/kvctl/ctl_select.h \
+	client/kvctl/ctl_stats.c \
+	client/kvctl/ctl_text.c client/kvctl/ctl_text.h \
+	client/kvctl/kvctl.c client/kvctl/kvctl.h \
+	client/kvctl/npy.c client/kvctl/npy.h
+kvctl_LDADD = libkvd.la -lm
+dist_man_MANS += docs/man/kvctl.1 docs/man/libkvd.3
+bashcompletion_DATA = client/kvctl/kvctl.bash
+EXTRA_DIST += client/kvctl/kvctl.bash

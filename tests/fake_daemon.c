@@ -98,7 +98,8 @@ static void reply(struct fake *f, struct conn *c, uint16_t type, uint32_t id, co
         frame_send(c->fd, (uint16_t)(type | FRAME_REPLY), id, junk, sizeof(junk), fds, n_fds, 0);
         return;
     case FAKE_EXTRA_FD:
-        memcpy(more, fds, n_fds * sizeof(int));
+        if (n_fds)
+            memcpy(more, fds, n_fds * sizeof(int));
         more[n_fds] = f->listen_fd;
         frame_send(c->fd, (uint16_t)(type | FRAME_REPLY), id, body, n, more, n_fds + 1, 0);
         return;
@@ -619,23 +620,27 @@ bool fake_retire(struct fake *f, uint32_t entry)
     return !held;
 }
 
-uint64_t fake_leases(const struct fake *f)
+uint64_t fake_leases(struct fake *f)
 {
     uint64_t n = 0;
 
+    pthread_mutex_lock(&f->lock);
     for (int i = 0; i < CONNS_MAX; i++)
         for (uint32_t w = 0; f->conn[i].page.map && w < f->conn[i].n_leases; w++)
             n += atomic_load(&lease_table(&f->conn[i])[w]) != 0;
+    pthread_mutex_unlock(&f->lock);
     return n;
 }
 
-uint64_t fake_logged(const struct fake *f)
+uint64_t fake_logged(struct fake *f)
 {
     uint64_t n = 0;
 
+    pthread_mutex_lock(&f->lock);
     for (int i = 0; i < CONNS_MAX; i++)
         if (f->conn[i].page.map)
             n += atomic_load(&((const struct shm_page_header *)f->conn[i].page.map)->log_head);
+    pthread_mutex_unlock(&f->lock);
     return n;
 }
 

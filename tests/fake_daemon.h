@@ -64,9 +64,9 @@ uint32_t fake_add(struct fake *fake, const uint8_t key[32], uint8_t group, uint8
 /* Retires an entry by the daemon's protocol. False: some worker holds it, nothing was changed. */
 bool fake_retire(struct fake *fake, uint32_t entry);
 /* Words in use in all lease tables. */
-uint64_t fake_leases(const struct fake *fake);
+uint64_t fake_leases(struct fake *fake);
 /* Sum of the pages' hit logs. */
-uint64_t fake_logged(const struct fake *fake);
+uint64_t fake_logged(struct fake *fake);
 /* Cuts all workers off, as the daemon does: revoked, and the connection closed. */
 void fake_revoke(struct fake *fake);
 /* Retires a slab's number and gives it to fresh memory (its blocks must be gone). */

@@ -95,14 +95,17 @@ static void count_load(const struct kvd_prefix *p, uint64_t n_blocks, uint64_t n
     atomic_fetch_add_explicit(&p->life->page->n_load_bytes, n_bytes, memory_order_relaxed);
 }
 
-static bool any_layer_wanted(const struct load *load, uint32_t group)
+/* Bytes that a group's wanted layers of one block take where they are decoded to. */
+static uint64_t decoded_bytes(const struct load *load, uint32_t group)
 {
     const struct kvd_space *space = load->prefix->space;
+    uint64_t n = 0;
 
     for (uint32_t l = 0; l < space->n_layers; l++)
         if (space->layer_group[l] == group && load->layers[l].k)
-            return true;
-    return false;
+            n += (uint64_t)space->block_tokens * space->layers[l].n_kv_heads *
+                 (space->layers[l].dim_k + space->layers[l].dim_v) * codec_dtype_bytes(load->dtype);
+    return n;
 }
 
 static int load_block(const struct load *load, uint32_t group, size_t block)
@@ -132,14 +135,16 @@ int kvd_load(kvd_prefix *prefix, size_t first_block, size_t n_blocks, enum kvd_d
     if (r != 0 || n_blocks == 0)
         return r;
     for (uint32_t g = 0; g < prefix->space->n_groups && r == 0; g++) {
-        if (!any_layer_wanted(&load, g))
+        uint64_t block_bytes = decoded_bytes(&load, g);
+
+        if (!block_bytes)
             continue;
         for (size_t i = first_block; i < first_block + n_blocks && r == 0; i++) {
             if (!prefix_holds(prefix, g, i))
                 continue;
             r = load_block(&load, g, i);
             n++;
-            bytes += prefix->held[g].hits[i].bytes;
+            bytes += block_bytes;
         }
     }
     count_load(prefix, n, bytes);
@@ -169,8 +174,10 @@ static int fill_sources(struct kvd_loading *loading)
     struct kvd_prefix *p = load->prefix;
     uint64_t n = 0, bytes = 0;
 
-    for (uint32_t g = 0; g < p->space->n_groups; g++)
-        for (size_t i = 0; i < load->n_blocks && any_layer_wanted(load, g); i++) {
+    for (uint32_t g = 0; g < p->space->n_groups; g++) {
+        uint64_t block_bytes = decoded_bytes(load, g);
+
+        for (size_t i = 0; block_bytes && i < load->n_blocks; i++) {
             struct source *s = &loading->source[g * load->n_blocks + i];
             size_t block = load->first_block + i;
             int r;
@@ -182,8 +189,9 @@ static int fill_sources(struct kvd_loading *loading)
                 return r;
             s->first = (p->held[g].hits[block].flags & SHM_ENTRY_FIRST) != 0;
             n++;
-            bytes += p->held[g].hits[block].bytes;
+            bytes += block_bytes;
         }
+    }
     count_load(p, n, bytes);
     return 0;
 }

@@ -12,6 +12,9 @@
 #define ALIGN_BYTES 64u
 #define FRAME_ROOM 256u /* of a frame's body for what is not a block */
 #define BLOCK_ROOM 16u  /* tag and length of a block in the body */
+/* Blocks in one frame: enough to make the round trip small, few enough that many publishing threads of one worker stay within what
+ * the daemon lets a worker have in progress (1024 by default, two frames a thread). */
+#define FRAME_BLOCKS 64u
 
 struct batch {
     struct staging_chunk *chunk; /* NULL: none taken */
@@ -380,7 +383,8 @@ static int allocate(struct publish *u)
 {
     size_t all = u->n_blocks * u->prefix->space->n_groups;
 
-    u->max_items = u->life->publish_max_blocks < all ? u->life->publish_max_blocks : all;
+    u->max_items = u->life->publish_max_blocks < FRAME_BLOCKS ? u->life->publish_max_blocks : FRAME_BLOCKS;
+    u->max_items = all < u->max_items ? all : u->max_items;
     u->body = malloc(FRAME_BODY_MAX);
     for (int i = 0; i < 2; i++) {
         struct batch *b = &u->batch[i];

@@ -20,9 +20,9 @@ struct options {
     const char *model_path, *prompt_path, *question, *revision;
     struct sharing_options sharing;
     struct report_options report;
-    uint32_t n_predict, n_context;
+    uint32_t n_predict, n_context, n_prompt_max;
     int n_threads;
-    bool use_kvd, json, cache_f32, socket_given, fidelity, exact_given;
+    bool use_kvd, json, cache_f32, socket_given, fidelity;
 };
 
 static const char help[] =
@@ -33,6 +33,7 @@ static const char help[] =
     "\n"
     "  --model FILE          GGUF\n"
     "  --prompt-file FILE    the prompt; - is standard input\n"
+    "  --prompt-tokens N     only the first N tokens of it\n"
     "  --question TEXT       comes after the prompt; tokenized by itself, so that prompts share\n"
     "  --n-predict N         tokens to generate (32)\n"
     "  --context N           tokens that the context holds (what is needed)\n"
@@ -59,7 +60,7 @@ static const char help[] =
     "  --tail-tokens N       (512)\n";
 
 enum {
-    OPTION_MODEL = 256, OPTION_PROMPT, OPTION_QUESTION, OPTION_N_PREDICT, OPTION_CONTEXT, OPTION_THREADS, OPTION_CACHE_F32, OPTION_JSON,
+    OPTION_MODEL = 256, OPTION_PROMPT, OPTION_PROMPT_TOKENS, OPTION_QUESTION, OPTION_N_PREDICT, OPTION_CONTEXT, OPTION_THREADS, OPTION_CACHE_F32, OPTION_JSON,
     OPTION_SOCKET, OPTION_NO_KVD, OPTION_BLOCK, OPTION_CODEC_K, OPTION_CODEC_V, OPTION_CODEC_FIRST, OPTION_EXACT, OPTION_VERIFY,
     OPTION_REVISION, OPTION_FIDELITY, OPTION_CODECS, OPTION_PREFIX, OPTION_TAIL, OPTION_HELP
 };
@@ -67,6 +68,7 @@ enum {
 static const struct option long_options[] = {
     {"model", required_argument, NULL, OPTION_MODEL},
     {"prompt-file", required_argument, NULL, OPTION_PROMPT},
+    {"prompt-tokens", required_argument, NULL, OPTION_PROMPT_TOKENS},
     {"question", required_argument, NULL, OPTION_QUESTION},
     {"n-predict", required_argument, NULL, OPTION_N_PREDICT},
     {"context", required_argument, NULL, OPTION_CONTEXT},
@@ -117,6 +119,7 @@ static void take_option(struct options *o, int option, const char *name)
     switch (option) {
     case OPTION_MODEL: o->model_path = optarg; break;
     case OPTION_PROMPT: o->prompt_path = optarg; break;
+    case OPTION_PROMPT_TOKENS: number(name, optarg, 1, 1 << 24, &o->n_prompt_max); break;
     case OPTION_QUESTION: o->question = optarg; break;
     case OPTION_N_PREDICT: number(name, optarg, 1, 1 << 20, &o->n_predict); break;
     case OPTION_CONTEXT: number(name, optarg, 1, 1 << 24, &o->n_context); break;
@@ -222,6 +225,8 @@ static int prompt_tokens(const struct options *o, struct engine *engine, uint32_
     }
     n_prompt = engine_tokenize(engine, text, n_text, true, &prompt);
     free(text);
+    if (o->n_prompt_max > 0 && n_prompt > (int)o->n_prompt_max)
+        n_prompt = (int)o->n_prompt_max;
     if (n_prompt >= 0 && o->question)
         n_question = engine_tokenize(engine, o->question, strlen(o->question), false, &question);
     if (n_prompt < 0 || n_question < 0) {

@@ -1,0 +1,186 @@
+#!/usr/bin/env bash
+# Two processes share a real model's prefix through a daemon of their own: cold, then warm. `./dev demo [--json]` calls it.
+#
+# A prompt as agents have it (a long text that every request begins with; here this project's own pages) and two questions. What is shown:
+# how long each process takes to its first token; that with codecs that lose nothing the warm one says, token by token, what a process
+# without kvd says; what the default codecs cost in next-token KL; and how prompts behave that end in odd places.
+set -euo pipefail
+
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+top=$(cd "$here/../../.." && pwd)
+build=${KVD_BUILDDIR:-$top/build/release}
+prefix_tokens=5120 # 80 blocks; the model reuses any number of them
+fidelity_prefix=4096
+fidelity_tail=256
+want_json=no
+
+case ${1-} in
+'') ;;
+--json) want_json=yes ;;
+*)
+    echo "usage: demo.sh [--json]" >&2
+    exit 2
+    ;;
+esac
+
+die()
+{
+    printf 'demo: %s\n' "$*" >&2
+    exit 1
+}
+
+show()
+{
+    printf '%s\n' "$*"
+}
+
+engine=$("$here/fetch.sh" engine)
+model=$("$here/fetch.sh" model)
+"$here/build.sh" "$engine" "$build" "$build/llama"
+[[ -x $build/kvd ]] || die "$build has no kvd yet: make it first"
+
+# Unix sockets have short names, so not in a deep build folder.
+work=$(mktemp -d "${TMPDIR:-/tmp}/kvd-demo.XXXXXX")
+daemon_pid=
+cleanup()
+{
+    [[ -z $daemon_pid ]] || kill "$daemon_pid" 2>/dev/null || true
+    [[ -z $daemon_pid ]] || wait "$daemon_pid" 2>/dev/null || true
+    rm -rf "$work"
+}
+trap cleanup EXIT
+
+start_daemon()
+{
+    local i
+    "$build/kvd" --socket="$work/kvd.sock" --host-bytes=512M >"$work/kvd.log" 2>&1 &
+    daemon_pid=$!
+    for ((i = 0; i < 200; i++)); do
+        [[ ! -S $work/kvd.sock ]] || return 0
+        kill -0 "$daemon_pid" 2>/dev/null || break
+        sleep 0.05
+    done
+    cat "$work/kvd.log" >&2
+    die "the daemon did not start"
+}
+
+# worker NAME ARGS...: one process; its figures go to NAME.json.
+worker()
+{
+    local name=$1
+    shift
+    "$build/llama/kvd-llama" --model "$model" --json "$@" >"$work/$name.json" || die "the worker \"$name\" failed"
+}
+
+# of NAME FIELD: a figure of that worker, lists without spaces.
+of()
+{
+    python3 -c 'import json, sys
+value = json.load(open(sys.argv[1]))[sys.argv[2]]
+print(json.dumps(value, separators=(",", ":")) if isinstance(value, (list, bool)) else value)' "$work/$1.json" "$2"
+}
+
+# expect WHAT GOT WANTED
+n_wrong=0
+expect()
+{
+    if [[ $2 == "$3" ]]; then
+        show "    $1: $2"
+    else
+        show "    $1: $2, and should be $3"
+        n_wrong=$((n_wrong + 1))
+    fi
+}
+
+calc()
+{
+    python3 -c "print(f'{$1:$2}')"
+}
+
+{
+    echo "You are an assistant that answers questions about the program described in these pages."
+    cat "$top"/docs/{overview,design,operations,protocol,shared-memory,codecs,eviction}.md
+} >"$work/prompt"
+printf 'A text of its own. %s\n' "$(sed 's/kvd/the program/g; 60q' "$top/docs/operations.md" | head -c 900)" >"$work/other"
+shared=(--prompt-file "$work/prompt" --prompt-tokens "$prefix_tokens")
+first_question=$'\n\nQuestion: What is a block?\nAnswer: A block is'
+second_question=$'\n\nQuestion: What happens when a worker dies?\nAnswer: When a worker dies,'
+kvd=(--socket "$work/kvd.sock")
+raw=(--codec-k raw --codec-v raw --codec-first raw)
+
+start_daemon
+show "A prompt of $prefix_tokens tokens and a question; gemma-3-270m on $(nproc) cores."
+show ""
+
+worker cold "${shared[@]}" --question "$first_question" "${kvd[@]}"
+worker warm "${shared[@]}" --question "$second_question" "${kvd[@]}"
+[[ $(of warm kvd) == true ]] || die "the worker did not reach the daemon"
+cold_ms=$(of cold ttft_ms)
+warm_ms=$(of warm ttft_ms)
+speedup=$(calc "$cold_ms / $warm_ms" .1f)
+bytes_ratio=$(calc "$(of warm block_bytes) / $(of warm block_fp16_bytes)" .4f)
+show "Default codecs (K kc4, V tq4, a prompt's first block as it is)"
+show "    first process, nothing cached:    first token after $(calc "$cold_ms" .0f) ms ($(of cold blocks_published) blocks published)"
+show "    second process, other question:   first token after $(calc "$warm_ms" .0f) ms, $speedup times sooner" \
+    "($(of warm reused_tokens) of $(of warm prompt_tokens) tokens from the cache:" \
+    "match $(calc "$(of warm match_ms)" .2f), load $(calc "$(of warm load_ms)" .1f), into the engine $(calc "$(of warm put_ms)" .1f) ms)"
+show "    it goes on: $(of warm text | tr -s '[:space:]' ' ' | cut -c 1-100)"
+show "    bytes of a block: $(of warm block_bytes), in fp16 $(of warm block_fp16_bytes): 1/$(calc "1 / $bytes_ratio" .2f)"
+
+"$build/llama/kvd-llama" --model "$model" --fidelity "${kvd[@]}" --prefix-tokens $fidelity_prefix --tail-tokens $fidelity_tail \
+    "$work/prompt" >"$work/fidelity.jsonl" || die "the measurement of the codecs failed"
+tail -n 1 "$work/fidelity.jsonl" >"$work/fidelity.json"
+show "    next-token KL over $fidelity_tail tokens after $fidelity_prefix cached ones, against fp16: $(of fidelity value) nats;" \
+    "the same most likely token: $(calc "100 * $(of fidelity top1)" .1f) %"
+show ""
+
+show "Raw codecs, which lose nothing"
+worker without "${shared[@]}" --question "$second_question" --no-kvd
+worker raw_cold "${shared[@]}" --question "$first_question" "${kvd[@]}" "${raw[@]}"
+worker raw_warm "${shared[@]}" --question "$second_question" "${kvd[@]}" "${raw[@]}"
+tokens_equal=false
+[[ $(of raw_warm tokens) != "$(of without tokens)" ]] || tokens_equal=true
+show "    without kvd $(calc "$(of without ttft_ms)" .0f) ms; cold $(calc "$(of raw_cold ttft_ms)" .0f) ms;" \
+    "warm $(calc "$(of raw_warm ttft_ms)" .0f) ms"
+expect "tokens from the cache" "$(of raw_warm reused_tokens)" "$prefix_tokens"
+expect "all $(of without tokens | tr ',' '\n' | wc -l) generated tokens as without kvd" "$tokens_equal" true
+show ""
+
+# edge NAME ARGS...: a prompt without kvd, with what the runs above left in the cache, and once more.
+edge()
+{
+    local name=$1
+    shift
+    worker "${name}_without" --prompt-file "$work/prompt" --n-predict 8 --no-kvd "$@"
+    worker "${name}_raw" --prompt-file "$work/prompt" --n-predict 8 "${kvd[@]}" "${raw[@]}" "$@"
+    worker "${name}_default" --prompt-file "$work/prompt" --n-predict 8 "${kvd[@]}" "$@"
+    expect "generated tokens with raw codecs as without kvd" "$(of "${name}_raw" tokens)" "$(of "${name}_without" tokens)"
+}
+
+show "Prompts that end in odd places"
+show "  shorter than a block (40 tokens)"
+edge short --prompt-tokens 40
+expect "tokens from the cache" "$(of short_default reused_tokens)" 0
+expect "blocks published" "$(of short_default blocks_published)" 0
+show "  an exact multiple of the block (1,024 tokens): one token at least is computed"
+edge multiple --prompt-tokens 1024
+expect "tokens from the cache" "$(of multiple_default reused_tokens)" 960
+expect "tokens from the cache, every bit as without kvd" "$(of multiple_raw reused_tokens)" 512
+show "  sharing half of a block (1,056 tokens, then another text): only whole blocks are shared"
+edge half --prompt-tokens 1056 --question "$(cat "$work/other")"
+expect "tokens from the cache" "$(of half_default reused_tokens)" 1024
+expect "tokens from the cache, every bit as without kvd" "$(of half_raw reused_tokens)" 1024
+show ""
+
+target=$(calc "10 * $warm_ms <= $cold_ms" s)
+show "Warm within a tenth of cold: $target. Everything above as it should be: $([[ $n_wrong == 0 ]] && echo True || echo False)."
+
+if [[ $want_json == yes ]]; then
+    printf '{"prefix_tokens":%d,"ttft_cold_ms":%s,"ttft_warm_ms":%s,"speedup":%s,"reused_tokens":%s,"tokens_equal":%s,' \
+        "$prefix_tokens" "$cold_ms" "$warm_ms" "$speedup" "$(of warm reused_tokens)" "$tokens_equal"
+    printf '"kl_nats":%s,"top1":%s,"kl_prefix_tokens":%d,"bytes_ratio":%s,"codec":"kc4/tq4, first block raw",' \
+        "$(of fidelity value)" "$(of fidelity top1)" "$fidelity_prefix" "$bytes_ratio"
+    printf '"ttft_without_ms":%s,"ttft_raw_warm_ms":%s,"match_ms":%s,"load_ms":%s,"put_ms":%s,"edge_prompts_wrong":%d,"cores":%d}\n' \
+        "$(of without ttft_ms)" "$(of raw_warm ttft_ms)" "$(of warm match_ms)" "$(of warm load_ms)" "$(of warm put_ms)" "$n_wrong" "$(nproc)"
+fi
+((n_wrong == 0))
