@@ -84,6 +84,14 @@ tests_check_replay_SOURCES = tests/check_replay.c bench/replay_sim.c bench/repla
 	bench/bench.h
 tests_check_replay_LDADD = $(KVD_STORE_LIBS) $(TEST_LIBS)
 
+SUITES += tests/check_options
+tests_check_options_SOURCES = tests/check_options.c
+tests_check_options_LDADD = $(KVD_DAEMON_LIBS) $(TEST_LIBS)
+
+SUITES += tests/check_jobs
+tests_check_jobs_SOURCES = tests/check_jobs.c
+tests_check_jobs_LDADD = $(KVD_DAEMON_LIBS) $(TEST_LIBS)
+
 # ---- the real daemon and real workers ----
 # libkvdtest (bench/local.mk) starts them, speaks to them, and knows what every block must hold.
 
@@ -146,6 +154,12 @@ tests_fuzz_fuzz_space_SOURCES = tests/fuzz/fuzz_space.c
 tests_fuzz_fuzz_space_LDADD = $(KVD_STORE_LIBS) $(FUZZ_LIBS)
 tests_fuzz_fuzz_space_LDFLAGS = $(FUZZ_LINK)
 EXTRA_DIST += tests/fuzz/corpus/space
+
+FUZZ_TARGETS += tests/fuzz/fuzz_request
+tests_fuzz_fuzz_request_SOURCES = tests/fuzz/fuzz_request.c
+tests_fuzz_fuzz_request_LDADD = $(KVD_DAEMON_LIBS) $(FUZZ_LIBS)
+tests_fuzz_fuzz_request_LDFLAGS = $(FUZZ_LINK) $(KVD_FAULT_WRAP)
+EXTRA_DIST += tests/fuzz/corpus/request
 
 FUZZ_TARGETS += tests/fuzz/fuzz_page
 tests_fuzz_fuzz_page_SOURCES = tests/fuzz/fuzz_page.c
