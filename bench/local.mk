@@ -34,3 +34,9 @@ bench_bench_publish_LDADD = $(KVD_TEST_LIBS)
 BENCHES += bench/bench_load
 bench_bench_load_SOURCES = bench/bench_load.c bench/kv_bed.c bench/kv_bed.h bench/bench.h
 bench_bench_load_LDADD = $(KVD_TEST_LIBS)
+
+BENCHES += bench/bench_attach
+bench_bench_attach_SOURCES = bench/bench_attach.c bench/bench.h
+bench_bench_attach_LDADD = $(KVD_TEST_LIBS)
+
+SCRIPT_BENCHES += bench/bench_fidelity.sh

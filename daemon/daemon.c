@@ -1,14 +1,20 @@
 #include "daemon/daemon.h"
 
+#include <errno.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <time.h>
+#include <unistd.h>
 
 #include <systemd/sd-daemon.h>
 
+#include "daemon/flight_requests.h"
+#include "daemon/listener.h"
 #include "daemon/publish.h"
 #include "daemon/session.h"
 #include "daemon/tenants.h"
+#include "daemon/walk.h"
 
 enum { STATUS_USEC = 1000000 };
 
@@ -27,6 +33,16 @@ void daemon_wake_at(struct daemon *d, uint64_t usec)
     d->timer_usec = usec;
     sd_event_source_set_time(d->timer, usec);
     sd_event_source_set_enabled(d->timer, SD_EVENT_ONESHOT);
+}
+
+void daemon_expire(struct daemon *d)
+{
+    uint64_t now = daemon_now_usec();
+    uint64_t flights = flights_expire(d->flights, now), sessions = sessions_expire(d, now);
+
+    d->timer_usec = UINT64_MAX;
+    sd_event_source_set_enabled(d->timer, SD_EVENT_OFF);
+    daemon_wake_at(d, flights < sessions ? flights : sessions);
 }
 
 void daemon_measure(struct daemon *d)
@@ -85,4 +101,118 @@ void daemon_apply_options(struct daemon *d)
     if (d->budget.used_bytes > d->budget.limit_bytes)
         log_write(&d->log, LOG_WARNING, "host_bytes is %llu, but %llu bytes are in use, leased or pinned",
                   (unsigned long long)d->budget.limit_bytes, (unsigned long long)d->budget.used_bytes);
+}
+
+/* ---- life ---- */
+
+static unsigned job_threads(const struct options *o)
+{
+    long n = o->job_threads ? (long)o->job_threads : sysconf(_SC_NPROCESSORS_ONLN) - 1;
+
+    return n < 1 ? 1 : n > 256 ? 256 : (unsigned)n;
+}
+
+static int on_timer(sd_event_source *source, uint64_t usec, void *ctx)
+{
+    (void)source;
+    (void)usec;
+    daemon_expire(ctx);
+    return 0;
+}
+
+static int add_sources(struct daemon *d)
+{
+    int r = sd_event_default(&d->event);
+
+    if (r >= 0)
+        r = sd_event_add_time(d->event, &d->timer, CLOCK_MONOTONIC, 0, 1000, on_timer, d);
+    if (r >= 0)
+        r = sd_event_source_set_enabled(d->timer, SD_EVENT_OFF);
+    if (r >= 0)
+        r = sd_event_add_defer(d->event, &d->reaper, sessions_reap, d);
+    if (r >= 0) /* the dead first: their leases are in the way of the living */
+        r = sd_event_source_set_priority(d->reaper, SD_EVENT_PRIORITY_IMPORTANT);
+    return r < 0 ? r : sd_event_source_set_enabled(d->reaper, SD_EVENT_OFF);
+}
+
+/* ret_what: what could not be had; NULL if that has been told. */
+static int make_parts(struct daemon *d, const char **ret_what)
+{
+    const struct options *o = &d->options;
+    int r;
+
+    *ret_what = "event loop";
+    r = add_sources(d);
+    if (r < 0)
+        return r;
+    *ret_what = "messages and keys";
+    r = wire_init(&d->wire);
+    if (r == 0)
+        r = key_hasher_create(&d->hasher);
+    if (r == 0)
+        r = publishing_create(&d->publishing);
+    if (r == 0)
+        r = flights_create((uint32_t)o->flights, (uint32_t)o->flights_per_worker, (uint32_t)o->flight_waiters,
+                           flight_request_told, d, &d->flights);
+    if (r < 0)
+        return r;
+    *ret_what = "helper threads";
+    r = jobs_create(d->event, job_threads(o), &d->jobs);
+    if (r < 0)
+        return r;
+    *ret_what = NULL;
+    return tenants_apply(d);
+}
+
+int daemon_create(struct options *options, struct daemon **ret)
+{
+    struct daemon *d = calloc(1, sizeof(*d));
+    const char *what;
+    int r;
+
+    if (!d) {
+        dprintf(STDERR_FILENO, "kvd: cannot start: no memory\n"); /* the log is a part of it */
+        options_deinit(options);
+        return -ENOMEM;
+    }
+    d->options = *options;
+    d->timer_usec = UINT64_MAX;
+    log_init(&d->log, STDERR_FILENO, (enum log_level)options->log_level, daemon_now_usec);
+    cpu_detect(&d->cpu);
+    d->codec = codec_ops_choose(&d->cpu);
+    d->crc32c = crc32c_choose(&d->cpu);
+    d->budget = (struct budget){.limit_bytes = options->host_bytes,
+                                .hugepages = (enum slab_hugepages)options->hugepages,
+                                .numa_interleave = options->numa != 0};
+    r = make_parts(d, &what);
+    if (r < 0) {
+        if (what)
+            log_write(&d->log, LOG_ERROR, "cannot start: %s: %s", what, strerror(-r));
+        daemon_destroy(d);
+        return r;
+    }
+    *ret = d;
+    return 0;
+}
+
+struct daemon *daemon_destroy(struct daemon *d)
+{
+    if (!d)
+        return NULL;
+    d->listener = listener_destroy(d->listener);
+    d->jobs = jobs_destroy(d->jobs); /* concludes what is being published: sessions can still be answered */
+    sessions_destroy(d);
+    walks_destroy(d);
+    tenants_destroy(d);
+    d->publishing = publishing_destroy(d->publishing);
+    d->flights = flights_destroy(d->flights);
+    wire_deinit(&d->wire);
+    d->hasher = key_hasher_destroy(d->hasher);
+    sd_event_source_disable_unref(d->reaper);
+    sd_event_source_disable_unref(d->timer);
+    sd_event_unref(d->event);
+    options_deinit(&d->options);
+    log_deinit(&d->log);
+    free(d);
+    return NULL;
 }

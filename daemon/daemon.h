@@ -1,4 +1,4 @@
-/* What the parts of the daemon share. main.c makes one; everything here belongs to the loop thread. */
+/* The daemon, and what its parts share. Everything here belongs to the loop thread, which is the one that made it. */
 #ifndef KVD_DAEMON_DAEMON_H
 #define KVD_DAEMON_DAEMON_H
 
@@ -63,10 +63,18 @@ struct daemon {
     uint8_t tx[FRAME_BODY_MAX];
 };
 
+/* Makes all parts but the listener, on the thread's default event loop. Takes *options, also on failure, which is told in the log.
+ * -errno. */
+int daemon_create(struct options *options, struct daemon **ret);
+/* Ends everything: what is being published is concluded, sessions are closed, indexes are marked closed. NULL allowed; returns NULL. */
+struct daemon *daemon_destroy(struct daemon *d);
+
 /* CLOCK_MONOTONIC. */
 uint64_t daemon_now_usec(void);
 /* Sees to it that daemon_expire() runs at usec or before. */
 void daemon_wake_at(struct daemon *d, uint64_t usec);
+/* Ends what is late, and sets the timer for what is next, or off. */
+void daemon_expire(struct daemon *d);
 /* Tells the service manager, in words, how things are. Cheap without one. */
 void daemon_status(struct daemon *d);
 /* Takes over options that may change in a running daemon (limits, quotas, tenants, log level). */

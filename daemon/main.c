@@ -12,13 +12,9 @@
 
 #include "daemon/daemon.h"
 #include "daemon/fault.h"
-#include "daemon/flight_requests.h"
 #include "daemon/listener.h"
 #include "daemon/options_print.h"
-#include "daemon/publish.h"
-#include "daemon/session.h"
 #include "daemon/tenants.h"
-#include "daemon/walk.h"
 
 #ifndef KVD_DEFAULT_CONFIG
 #define KVD_DEFAULT_CONFIG "/etc/kvd/kvd.conf"
@@ -124,131 +120,31 @@ static int on_reload(sd_event_source *source, const struct signalfd_siginfo *inf
     return 0;
 }
 
-static int on_timer(sd_event_source *source, uint64_t usec, void *ctx)
+static int add_signals(struct program *p)
 {
-    struct daemon *d = ctx;
-    uint64_t now = daemon_now_usec(), flights, sessions;
-
-    (void)source;
-    (void)usec;
-    d->timer_usec = UINT64_MAX;
-    flights = flights_expire(d->flights, now);
-    sessions = sessions_expire(d, now);
-    daemon_wake_at(d, flights < sessions ? flights : sessions);
-    return 0;
-}
-
-static int add_events(struct program *p)
-{
-    struct daemon *d = p->daemon;
-    int r = sd_event_add_signal(d->event, NULL, SIGTERM, on_stop, p);
+    sd_event *e = p->daemon->event;
+    int r = sd_event_add_signal(e, NULL, SIGTERM, on_stop, p);
 
     if (r >= 0)
-        r = sd_event_add_signal(d->event, NULL, SIGINT, on_stop, p);
+        r = sd_event_add_signal(e, NULL, SIGINT, on_stop, p);
     if (r >= 0)
-        r = sd_event_add_signal(d->event, NULL, SIGHUP, on_reload, p);
+        r = sd_event_add_signal(e, NULL, SIGHUP, on_reload, p);
     if (r >= 0)
-        r = sd_event_add_time(d->event, &d->timer, CLOCK_MONOTONIC, 0, 1000, on_timer, d);
-    if (r >= 0)
-        r = sd_event_source_set_enabled(d->timer, SD_EVENT_OFF);
-    if (r >= 0)
-        r = sd_event_add_defer(d->event, &d->reaper, sessions_reap, d);
-    if (r >= 0) /* the dead first: their leases are in the way of the living */
-        r = sd_event_source_set_priority(d->reaper, SD_EVENT_PRIORITY_IMPORTANT);
-    if (r >= 0)
-        r = sd_event_source_set_enabled(d->reaper, SD_EVENT_OFF);
-    if (r >= 0)
-        r = sd_event_set_watchdog(d->event, true);
-    return r < 0 ? r : 0;
+        r = sd_event_set_watchdog(e, true);
+    if (r < 0)
+        log_write(&p->daemon->log, LOG_ERROR, "cannot start: signals: %s", strerror(-r));
+    return r;
 }
 
 /* ---- life ---- */
 
-static unsigned job_threads(const struct options *o)
-{
-    long n = o->job_threads ? (long)o->job_threads : sysconf(_SC_NPROCESSORS_ONLN) - 1;
-
-    return n < 1 ? 1 : n > 256 ? 256 : (unsigned)n;
-}
-
-static void teardown(struct daemon *d)
-{
-    d->listener = listener_destroy(d->listener);
-    d->jobs = jobs_destroy(d->jobs); /* concludes what is being published: sessions can still be answered */
-    if (d->tenants)
-        sessions_destroy(d);
-    walks_destroy(d);
-    tenants_destroy(d);
-    d->publishing = publishing_destroy(d->publishing);
-    d->flights = flights_destroy(d->flights);
-    wire_deinit(&d->wire);
-    d->hasher = key_hasher_destroy(d->hasher);
-    sd_event_source_disable_unref(d->reaper);
-    sd_event_source_disable_unref(d->timer);
-    sd_event_unref(d->event);
-    options_deinit(&d->options);
-    log_deinit(&d->log);
-}
-
-/* Each step's failure is told once: here, or by tenants and listener, which can say more. */
-static int setup(struct program *p)
-{
-    struct daemon *d = p->daemon;
-    const struct options *o = &d->options;
-    const char *what = "event loop";
-    int r = sd_event_default(&d->event);
-
-    if (r >= 0)
-        r = add_events(p);
-    if (r >= 0) {
-        what = "messages and keys";
-        r = wire_init(&d->wire);
-    }
-    if (r >= 0)
-        r = key_hasher_create(&d->hasher);
-    if (r >= 0)
-        r = publishing_create(&d->publishing);
-    if (r >= 0)
-        r = flights_create((uint32_t)o->flights, (uint32_t)o->flights_per_worker, (uint32_t)o->flight_waiters,
-                           flight_request_told, d, &d->flights);
-    if (r >= 0) {
-        what = "helper threads";
-        r = jobs_create(d->event, job_threads(o), &d->jobs);
-    }
-    if (r >= 0) {
-        what = NULL;
-        r = tenants_apply(d);
-    }
-    if (r >= 0)
-        r = listener_create(d, &d->listener);
-    if (r < 0 && what)
-        log_write(&d->log, LOG_ERROR, "cannot start: %s: %s", what, strerror(-r));
-    return r;
-}
-
-static struct daemon *daemon_new(struct options *options)
-{
-    struct daemon *d = calloc(1, sizeof(*d));
-
-    if (!d)
-        return NULL;
-    d->options = *options;
-    d->timer_usec = UINT64_MAX;
-    log_init(&d->log, STDERR_FILENO, (enum log_level)options->log_level, daemon_now_usec);
-    cpu_detect(&d->cpu);
-    d->codec = codec_ops_choose(&d->cpu);
-    d->crc32c = crc32c_choose(&d->cpu);
-    d->budget = (struct budget){.limit_bytes = options->host_bytes,
-                                .hugepages = (enum slab_hugepages)options->hugepages,
-                                .numa_interleave = options->numa != 0};
-    return d;
-}
-
 static int run(struct program *p)
 {
     struct daemon *d = p->daemon;
-    int r = setup(p);
+    int r = add_signals(p);
 
+    if (r >= 0)
+        r = listener_create(d, &d->listener);
     if (r >= 0) {
         log_write(&d->log, LOG_INFO, "ready: %s, %u tenants, %.1f MiB for blocks, %u helper threads, %s codecs",
                   listener_path(d->listener), d->tenants->n,
@@ -259,8 +155,7 @@ static int run(struct program *p)
         if (r < 0)
             log_write(&d->log, LOG_ERROR, "the event loop failed: %s", strerror(-r));
     }
-    teardown(d);
-    free(d);
+    daemon_destroy(d);
     return r < 0 ? EXIT_FAILURE : EXIT_SUCCESS;
 }
 
@@ -288,13 +183,7 @@ int main(int argc, char **argv)
     protect_process(true);
     raise_descriptor_limit();
     block_signals();
-    program.daemon = daemon_new(&options);
-    if (!program.daemon) {
-        fprintf(stderr, "kvd: no memory\n");
-        options_deinit(&options);
-        return EXIT_FAILURE;
-    }
-    r = run(&program);
+    r = daemon_create(&options, &program.daemon) < 0 ? EXIT_FAILURE : run(&program);
     protect_process(false);
     return r;
 }

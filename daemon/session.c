@@ -49,6 +49,7 @@ void session_ready(struct session *s)
     s->worker = ++s->daemon->last_worker;
     s->daemon->metrics.sessions_opened++;
     session_set_state(s, SESSION_READY);
+    daemon_expire(s->daemon); /* the timer for its HELLO is not needed any more */
     daemon_status(s->daemon);
 }
 
