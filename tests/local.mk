@@ -92,6 +92,10 @@ SUITES += tests/check_jobs
 tests_check_jobs_SOURCES = tests/check_jobs.c
 tests_check_jobs_LDADD = $(KVD_DAEMON_LIBS) $(TEST_LIBS)
 
+SUITES += tests/check_session
+tests_check_session_SOURCES = tests/check_session.c
+tests_check_session_LDADD = $(KVD_DAEMON_LIBS) $(TEST_LIBS)
+
 # ---- the real daemon and real workers ----
 # libkvdtest (bench/local.mk) starts them, speaks to them, and knows what every block must hold.
 
