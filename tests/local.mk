@@ -184,6 +184,11 @@ tests_check_service_LDADD = $(KVD_CLIENT_LIBS) $(TEST_LIBS)
 # ---- scripts ----
 PLAIN_SCRIPT_TESTS += tests/test_units.sh
 PLAIN_SCRIPT_TESTS += tests/test_consumer.sh
+SCRIPT_TESTS += tests/test_kvctl.sh
+TEST_HELPERS += tests/publish_once
+tests_publish_once_SOURCES = tests/consumer/consumer.c
+tests_publish_once_CPPFLAGS = $(AM_CPPFLAGS) -I$(top_srcdir)/client/libkvd
+tests_publish_once_LDADD = libkvd.la
 EXTRA_DIST += tests/consumer/consumer.c
 PLAIN_SCRIPT_TESTS += tests/test_spin.sh
 EXTRA_DIST += tests/spin/lease.pml

@@ -100,7 +100,8 @@ static const char *socket_path(const struct ctl *ctl)
     return path && path[0] ? path : "/run/kvd/kvd.sock";
 }
 
-static void check_socket(struct doctor *d, const char *path)
+/* False: there is none to connect to. */
+static bool check_socket(struct doctor *d, const char *path)
 {
     struct stat st;
     const struct passwd *owner;
@@ -112,11 +113,11 @@ static void check_socket(struct doctor *d, const char *path)
             errno == EACCES ? "a folder on the way is closed for this user: see the rights of its parents"
                             : "start the daemon: systemctl start kvd (or kvd --config FILE); or say where it is: --socket, $KVD_SOCKET",
             "%s: %s", path, strerror(errno));
-        return;
+        return false;
     }
     if (!S_ISSOCK(st.st_mode)) {
         say(d, FAIL, "socket", "something else lies where the socket belongs; move it away", "%s is no socket", path);
-        return;
+        return false;
     }
     owner = getpwuid(st.st_uid);
     group = getgrgid(st.st_gid);
@@ -124,6 +125,7 @@ static void check_socket(struct doctor *d, const char *path)
              group ? group->gr_name : "GROUP");
     say(d, access(path, R_OK | W_OK) == 0 ? OK : FAIL, "socket", advice, "%s, mode %04o, owner %s:%s", path,
         (unsigned)(st.st_mode & 07777), owner ? owner->pw_name : "?", group ? group->gr_name : "?");
+    return true;
 }
 
 static const char *attach_advice(int r)
@@ -313,8 +315,10 @@ int run_doctor(struct ctl *ctl, const struct ctl_args *args)
 
     if (d.json)
         putchar('[');
-    check_socket(&d, path);
-    check_attach(&d, path, &host_bytes);
+    if (check_socket(&d, path))
+        check_attach(&d, path, &host_bytes);
+    else
+        d.no_daemon = true;
     check_kernel(&d);
     check_memfd(&d);
     check_memory(&d, host_bytes);

@@ -1,6 +1,7 @@
 /* kvctl: looks into a running daemon and steers it. Uses libkvd's public header only. */
 #include "kvctl.h"
 
+#include <ctype.h>
 #include <errno.h>
 #include <getopt.h>
 #include <stdarg.h>
@@ -116,7 +117,8 @@ static const struct ctl_opt global_opts[] = {
 
 static void print_command_help(const struct ctl_command *c)
 {
-    printf("Usage: kvctl %s [OPTION…]%s%s\n\n%s.\n", c->name, c->args[0] ? " " : "", c->args, c->summary);
+    printf("Usage: kvctl %s [OPTION…]%s%s\n\n%c%s.\n", c->name, c->args[0] ? " " : "", c->args, toupper(c->summary[0]),
+           c->summary + 1);
     if (c->detail)
         printf("%s\n", c->detail);
     putchar('\n');
