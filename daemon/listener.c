@@ -226,8 +226,10 @@ int listener_create(struct daemon *d, struct listener **ret)
     struct listener *l = calloc(1, sizeof(*l));
     int n = sd_listen_fds(1), r;
 
-    if (!l)
+    if (!l) {
+        log_write(&d->log, LOG_ERROR, "the socket: no memory");
         return -ENOMEM;
+    }
     l->daemon = d;
     l->lock_fd = -1;
     if (n < 0)

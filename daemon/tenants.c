@@ -186,8 +186,10 @@ int tenants_apply(struct daemon *d)
 
     if (!d->tenants) {
         d->tenants = calloc(1, sizeof(*d->tenants));
-        if (!d->tenants)
+        if (!d->tenants) {
+            log_write(&d->log, LOG_ERROR, "tenants: no memory");
             return -ENOMEM;
+        }
     }
     old = d->tenants->first;
     d->tenants->n = 0;
