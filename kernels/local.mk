@@ -13,10 +13,11 @@ libkvdkernels_la_LIBADD = libkvdkernels_sse42.la libkvdkernels_avx2.la libkvdker
 libkvdkernels_sse42_la_SOURCES = kernels/crc32c_sse42.c
 libkvdkernels_sse42_la_CFLAGS = $(AM_CFLAGS) -msse4.2 -mpclmul
 
-libkvdkernels_avx2_la_SOURCES = kernels/codec/codec_avx2.c kernels/codec/codec_vec_avx2.h kernels/codec/codec_rows.h
+codec_rows = kernels/codec/codec_rows.h kernels/codec/codec_rows_kc4.h kernels/codec/codec_rows_tq.h
+libkvdkernels_avx2_la_SOURCES = kernels/codec/codec_avx2.c kernels/codec/codec_vec_avx2.h $(codec_rows)
 libkvdkernels_avx2_la_CFLAGS = $(AM_CFLAGS) -mavx2 -mfma -mf16c -mbmi -mbmi2
 
-libkvdkernels_avx512_la_SOURCES = kernels/codec/codec_avx512.c kernels/codec/codec_vec_avx512.h kernels/codec/codec_rows.h
+libkvdkernels_avx512_la_SOURCES = kernels/codec/codec_avx512.c kernels/codec/codec_vec_avx512.h $(codec_rows)
 libkvdkernels_avx512_la_CFLAGS = $(AM_CFLAGS) -mavx2 -mfma -mf16c -mbmi -mbmi2 \
 	-mavx512f -mavx512bw -mavx512vl -mavx512dq
 libkvdkernels_la_SOURCES += kernels/codec/payload.c kernels/codec/payload.h

@@ -43,9 +43,9 @@ const int32_t codec_tq_cell16_leaf[2][16] = {
 };
 const float codec_tq_cell8_mid[2][8] = {
     {MID(L4, L5), MID(L5, L6), MID(L6, L7), NONE, MID(L0, L1), MID(L1, L2), MID(L2, L3), MID(L3, L4)},
-    {MID(M2, M3), NONE, NONE, NONE, NONE, MID(M0, M1), NONE, MID(M1, M2)},
+    {NONE, MID(M2, M3), NONE, NONE, NONE, MID(M0, M1), NONE, MID(M1, M2)},
 };
-const int32_t codec_tq_cell8_leaf[2][8] = {{12, 13, 14, 15, 8, 9, 10, 11}, {6, 7, 7, 7, 4, 4, 5, 5}};
+const int32_t codec_tq_cell8_leaf[2][8] = {{12, 13, 14, 15, 8, 9, 10, 11}, {6, 6, 7, 7, 4, 4, 5, 5}};
 
 /* The first 16 outputs of splitmix64 seeded with 0x6b7664. */
 #define SIGN_WORDS(X) \

@@ -15,8 +15,8 @@ extern const float codec_tq_value[2][16], codec_tq_leaf_square[2][16];
 
 /* Cells that hold at most one midpoint each, so that one look-up and one comparison find the magnitude: the midpoint (or infinity)
  * and the leaf below it. Their bounds lie well between the midpoints, so how they are computed shows nowhere.
- * 16 cells of width 1/4 around c / 4; or 8, of a scale whose upper half is twice as wide: with b = a / 1.08 + 0.8426 in [1, 4),
- * three bits of b from the lowest one of the exponent. */
+ * 16 cells of width 1/4 around c / 4; or 8, of a scale whose upper half is twice as wide: with b = 1 + a / 1.15 in [1, 4), three
+ * bits of b from the lowest one of the exponent. */
 extern const float codec_tq_cell16_mid[2][16], codec_tq_cell8_mid[2][8];
 extern const int32_t codec_tq_cell16_leaf[2][16], codec_tq_cell8_leaf[2][8];
 

@@ -230,11 +230,9 @@ VEC vcells vcells_load(int is_tq3)
 }
 VEC __m256i cells_leaf(__m256 a, vcells cells)
 {
-    __m256 b = _mm256_fmadd_ps(a, _mm256_set1_ps(1 / 1.08f), _mm256_set1_ps(0.8426f));
-    __m256i cell;
+    __m256 b = _mm256_fmadd_ps(a, _mm256_set1_ps(1 / 1.15f), _mm256_set1_ps(1.0f));
+    __m256i cell = _mm256_srli_epi32(_mm256_castps_si256(_mm256_min_ps(b, _mm256_set1_ps(3.9f))), 21);
 
-    b = _mm256_max_ps(_mm256_min_ps(b, _mm256_set1_ps(3.9f)), _mm256_set1_ps(1.0f));
-    cell = _mm256_srli_epi32(_mm256_castps_si256(b), 21);
     return _mm256_sub_epi32(
         _mm256_permutevar8x32_epi32(cells.leaf, cell),
         _mm256_castps_si256(_mm256_cmp_ps(a, _mm256_permutevar8x32_ps(cells.mid, cell), _CMP_GE_OQ)));
