@@ -473,7 +473,7 @@ START_TEST(daemon_runs_out)
     const char *fault = daemon_faults[_i];
     unsigned n, n_refused = 0, in_a_row = 0;
 
-    for (n = 1; n < 120 && in_a_row < 25; n++) { /* many in a row without an effect: beyond the last one */
+    for (n = 1; n < 160 && in_a_row < 40; n++) { /* many in a row without an effect: beyond the last one */
         bool served = daemon_life(fault, n);
 
         n_refused += !served;
