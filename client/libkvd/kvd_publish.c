@@ -1,8 +1,11 @@
-/* Publish: K and V go from the caller's arrays into staging, and a frame names them. Two frames take turns, so that the daemon
- * encodes the one while the other is filled.
+/* Publish: K and V go from the caller's arrays into staging, and frames name them. One chunk of staging is cut into segments, each
+ * filled for a frame of its own, so that the daemon encodes some while another is filled:
  *
- *   batch A: fill, send ............. wait, fill, send ...
- *   batch B:            fill, send ............. wait, ... */
+ *   segment 0: fill, send ............ wait, fill, send ...
+ *   segment 1:            fill, send ............ wait, ...
+ *   segment 2:                       fill, send ...
+ *
+ * Segments of a few MiB stay in the processor's cache between our copy and the daemon's encoder. */
 #include <stdlib.h>
 #include <string.h>
 
@@ -12,13 +15,14 @@
 #define ALIGN_BYTES 64u
 #define FRAME_ROOM 256u /* of a frame's body for what is not a block */
 #define BLOCK_ROOM 16u  /* tag and length of a block in the body */
-/* Blocks in one frame: enough to make the round trip small, few enough that many publishing threads of one worker stay within what
- * the daemon lets a worker have in progress (1024 by default, two frames a thread). */
+/* Blocks in one frame: enough to make the round trip small, few enough that several publishing threads of one worker stay within
+ * what the daemon lets a worker have in progress (1024 by default; SEGMENTS frames a thread). */
 #define FRAME_BLOCKS 64u
+#define SEGMENTS 4u
 
 struct batch {
-    struct staging_chunk *chunk; /* NULL: none taken */
-    uint64_t used_bytes;
+    uint64_t off;        /* of its segment in the chunk */
+    uint64_t used_bytes; /* of the segment */
     size_t body_bytes;
     size_t n;
     Kvd__V1__PublishBlock *blocks; /* room for max_items */
@@ -41,7 +45,11 @@ struct publish {
     enum kvd_publish_status *status; /* n_blocks */
     size_t max_items;
     uint8_t *body;
-    struct batch batch[2];
+    struct staging_chunk *chunk; /* NULL: none taken yet */
+    bool chunk_lost;             /* the daemon may still read it after we are done */
+    uint64_t segment_bytes;
+    unsigned n_batches, turn;    /* the batch that is being filled */
+    struct batch batch[SEGMENTS];
     int error; /* the first */
 };
 
@@ -95,7 +103,14 @@ static int take_answer(struct publish *u, struct batch *b, const struct mux_repl
     return 0;
 }
 
-/* Waits for a batch that was sent. Its chunk stays for the next use, unless the daemon may still be reading from it. */
+static void empty_batch(struct batch *b)
+{
+    b->n = 0;
+    b->used_bytes = 0;
+    b->body_bytes = FRAME_ROOM;
+}
+
+/* Waits for a batch that was sent. */
 static void finish_batch(struct publish *u, struct batch *b)
 {
     struct mux_reply reply = {0};
@@ -110,12 +125,9 @@ static void finish_batch(struct publish *u, struct batch *b)
     mux_reply_clear(&reply);
     if (r != 0) {
         fail_batch(u, b, r);
-        staging_discard(u->session, u->life, b->chunk);
-        b->chunk = NULL;
+        u->chunk_lost = true;
     }
-    b->n = 0;
-    b->used_bytes = 0;
-    b->body_bytes = FRAME_ROOM;
+    empty_batch(b);
 }
 
 static void send_batch(struct publish *u, struct batch *b)
@@ -126,7 +138,7 @@ static void send_batch(struct publish *u, struct batch *b)
     if (b->n == 0 || b->sent)
         return;
     m.space = u->space_id;
-    m.staging = b->chunk->id;
+    m.staging = u->chunk->id;
     m.dtype = (char *)codec_dtype_name(u->dtype);
     m.n_block = b->n;
     m.block = b->at;
@@ -137,9 +149,7 @@ static void send_batch(struct publish *u, struct batch *b)
         return;
     }
     fail_batch(u, b, r);
-    b->n = 0;
-    b->used_bytes = 0;
-    b->body_bytes = FRAME_ROOM;
+    empty_batch(b);
 }
 
 /* ---- Filling ---- */
@@ -205,65 +215,57 @@ static void describe(const struct publish *u, size_t block, uint32_t group, Kvd_
     m->first = i == 0;
 }
 
-/* Makes b a batch that has a chunk and is not under way; waits for what must be waited for. The other is empty or was sent. */
-static int ready_batch(struct publish *u, struct batch *b, struct batch *other, uint64_t bytes)
+/* Takes a chunk and cuts it into as many segments as blocks fit, SEGMENTS at most. */
+static int take_chunk(struct publish *u)
 {
+    const struct kvd_space *space = u->prefix->space;
+    uint64_t largest = 0;
     int r;
 
-    finish_batch(u, b);
-    if (b->chunk && b->chunk->bytes >= bytes)
-        return 0;
-    if (b->chunk)
-        staging_give(u->session, b->chunk);
-    b->chunk = NULL;
-    r = staging_take(u->session, u->life, bytes, other->chunk == NULL, &b->chunk);
-    if (r != KVD_E_LIMIT || !other->chunk)
+    for (uint32_t g = 0; g < space->n_groups; g++)
+        if ((u->groups >> g & 1) && space->group[g].plain->raw_bytes[u->dtype] > largest)
+            largest = space->group[g].plain->raw_bytes[u->dtype];
+    largest = (largest + ALIGN_BYTES - 1) / ALIGN_BYTES * ALIGN_BYTES;
+    r = staging_take(u->session, u->life, largest, SEGMENTS * largest, &u->chunk);
+    if (r != 0)
         return r;
-    /* Room for one only: take over the other's when the daemon is done with it. */
-    finish_batch(u, other);
-    b->chunk = other->chunk;
-    other->chunk = NULL;
-    if (b->chunk && b->chunk->bytes >= bytes)
-        return 0;
-    if (b->chunk)
-        staging_give(u->session, b->chunk);
-    b->chunk = NULL;
-    return staging_take(u->session, u->life, bytes, true, &b->chunk);
+    u->n_batches = u->chunk->bytes / largest < SEGMENTS ? (unsigned)(u->chunk->bytes / largest) : SEGMENTS;
+    u->segment_bytes = u->chunk->bytes / u->n_batches / ALIGN_BYTES * ALIGN_BYTES;
+    for (unsigned i = 0; i < u->n_batches; i++)
+        u->batch[i].off = i * u->segment_bytes;
+    return 0;
 }
 
 static bool fits(const struct publish *u, const struct batch *b, uint64_t bytes, size_t body_bytes)
 {
-    return b->chunk && b->n < u->max_items && b->used_bytes + bytes <= b->chunk->bytes &&
-           b->body_bytes + body_bytes <= FRAME_BODY_MAX;
+    return b->n < u->max_items && b->used_bytes + bytes <= u->segment_bytes && b->body_bytes + body_bytes <= FRAME_BODY_MAX;
 }
 
-static int add_item(struct publish *u, unsigned *io_turn, size_t block, uint32_t group)
+static int add_item(struct publish *u, size_t block, uint32_t group)
 {
-    struct batch *b = &u->batch[*io_turn];
     uint64_t raw = u->prefix->space->group[group].plain->raw_bytes[u->dtype];
     uint64_t bytes = (raw + ALIGN_BYTES - 1) / ALIGN_BYTES * ALIGN_BYTES;
+    struct batch *b = &u->batch[u->turn];
     Kvd__V1__PublishBlock m;
     size_t body_bytes;
-    int r;
+    int r = u->chunk ? 0 : take_chunk(u);
 
+    if (r != 0)
+        return r;
     describe(u, block, group, &m);
     m.offset = UINT64_MAX; /* the longest that it can become in the body */
     body_bytes = kvd__v1__publish_block__get_packed_size(&m) + BLOCK_ROOM;
-    if (!fits(u, b, bytes, body_bytes)) {
-        if (b->n) { /* full: it goes, and the other is filled */
-            send_batch(u, b);
-            *io_turn ^= 1;
-            b = &u->batch[*io_turn];
-        }
-        r = ready_batch(u, b, &u->batch[*io_turn ^ 1], bytes);
-        if (r != 0)
-            return r;
-        if (!fits(u, b, bytes, body_bytes))
-            return error_set(u->session->cookie, KVD_E_LIMIT, "one block takes %zu bytes of a frame; allowed: %u", body_bytes,
-                             FRAME_BODY_MAX - FRAME_ROOM);
+    if (!fits(u, b, bytes, body_bytes) && b->n) { /* full: it goes, and the one that has been away the longest is next */
+        send_batch(u, b);
+        u->turn = (u->turn + 1) % u->n_batches;
+        b = &u->batch[u->turn];
+        finish_batch(u, b);
     }
-    m.offset = b->used_bytes;
-    copy_block(u, group, block, (uint8_t *)b->chunk->map + b->used_bytes);
+    if (!fits(u, b, bytes, body_bytes))
+        return error_set(u->session->cookie, KVD_E_LIMIT, "one block takes %zu bytes of a frame; allowed: %u", body_bytes,
+                         FRAME_BODY_MAX - FRAME_ROOM);
+    m.offset = b->off + b->used_bytes;
+    copy_block(u, group, block, (uint8_t *)u->chunk->map + m.offset);
     b->blocks[b->n] = m;
     b->block_of[b->n] = block;
     b->n++;
@@ -282,30 +284,30 @@ static bool present(const struct publish *u, size_t block, uint32_t group)
 
 static void publish_all(struct publish *u)
 {
-    unsigned turn = 0;
     size_t block;
     int r = 0;
 
-    for (block = 0; block < u->n_blocks && r == 0; block++)
+    for (block = 0; block < u->n_blocks && r == 0 && !u->chunk_lost; block++)
         for (uint32_t g = 0; g < u->prefix->space->n_groups && r == 0; g++) {
             if (!(u->groups >> g & 1))
                 continue;
             if (present(u, block, g))
                 worsen(u, block, KVD_PRESENT);
             else
-                r = add_item(u, &turn, block, g);
+                r = add_item(u, block, g);
             if (r != 0)
                 worsen(u, block, KVD_FAILED);
         }
-    if (r != 0) {
-        if (u->error == 0)
-            u->error = r;
-        for (; block < u->n_blocks; block++)
-            worsen(u, block, KVD_FAILED);
-    }
-    send_batch(u, &u->batch[turn]);
-    finish_batch(u, &u->batch[turn ^ 1]); /* the older one */
-    finish_batch(u, &u->batch[turn]);
+    if (r != 0 && u->error == 0)
+        u->error = r;
+    for (; block < u->n_blocks; block++)
+        worsen(u, block, KVD_FAILED);
+    if (u->chunk_lost)
+        fail_batch(u, &u->batch[u->turn], u->error);
+    else
+        send_batch(u, &u->batch[u->turn]);
+    for (unsigned i = 1; i <= u->n_batches; i++) /* the oldest first */
+        finish_batch(u, &u->batch[(u->turn + i) % u->n_batches]);
 }
 
 /* So that the first load of what was published costs no round trip. */
@@ -386,7 +388,7 @@ static int allocate(struct publish *u)
     u->max_items = u->life->publish_max_blocks < FRAME_BLOCKS ? u->life->publish_max_blocks : FRAME_BLOCKS;
     u->max_items = all < u->max_items ? all : u->max_items;
     u->body = malloc(FRAME_BODY_MAX);
-    for (int i = 0; i < 2; i++) {
+    for (unsigned i = 0; i < SEGMENTS; i++) {
         struct batch *b = &u->batch[i];
 
         b->body_bytes = FRAME_ROOM;
@@ -403,11 +405,13 @@ static int allocate(struct publish *u)
 
 static void release(struct publish *u)
 {
-    for (int i = 0; i < 2; i++) {
+    if (u->chunk && u->chunk_lost)
+        staging_discard(u->session, u->life, u->chunk);
+    else if (u->chunk)
+        staging_give(u->session, u->chunk);
+    for (unsigned i = 0; i < SEGMENTS; i++) {
         struct batch *b = &u->batch[i];
 
-        if (b->chunk)
-            staging_give(u->session, b->chunk);
         free(b->blocks);
         free(b->at);
         free(b->block_of);

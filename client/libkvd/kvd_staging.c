@@ -10,8 +10,8 @@
 #include "kvd_impl.h"
 #include "proto/kvd.pb-c.h"
 
-/* Large enough that a round trip is small against copying (16 MiB take over a millisecond), small enough that two of them in turn
- * let the daemon encode the one while the other is filled. */
+/* At least this: a publish cuts a chunk into four segments, and 4 MiB are enough to make a round trip small against copying and
+ * few enough to stay in a processor's cache. */
 #define CHUNK_BYTES (UINT64_C(16) << 20)
 #define ROUND_BYTES (UINT64_C(64) << 10)
 #define DROP_MSEC 1000u /* for the daemon to say that it heard of a chunk's end */
@@ -135,13 +135,14 @@ static uint64_t limit_of(const struct staging *g, const struct life *life)
     return g->limit_bytes && g->limit_bytes < life->staging_max_bytes ? g->limit_bytes : life->staging_max_bytes;
 }
 
-static uint64_t chunk_size(uint64_t bytes, uint64_t limit)
+static uint64_t chunk_size(uint64_t least, uint64_t most, uint64_t limit)
 {
-    uint64_t size = limit / 2 < CHUNK_BYTES ? limit / 2 : CHUNK_BYTES; /* two fit */
+    uint64_t size = most < CHUNK_BYTES ? CHUNK_BYTES : most;
 
-    size = size < bytes ? bytes : size;
     size = (size + ROUND_BYTES - 1) / ROUND_BYTES * ROUND_BYTES;
-    return size > limit && bytes <= limit ? bytes : size;
+    if (size > limit)
+        size = limit / 4096 * 4096;
+    return size < least ? least : size;
 }
 
 /* A fresh chunk, taken and in the list. Called with the lock, which it gives up for the while. */
@@ -170,57 +171,76 @@ static int add_chunk(struct kvd *s, uint64_t size, struct staging_chunk **ret)
 }
 
 /* Finds, makes or waits for a chunk. By lock. */
-static int take_locked(struct kvd *s, struct life *life, uint64_t bytes, bool wait, struct staging_chunk **ret)
+static int take_locked(struct kvd *s, struct life *life, uint64_t least, uint64_t most, struct staging_chunk **ret)
 {
     struct staging *g = &s->staging;
-    uint64_t limit = limit_of(g, life), size = chunk_size(bytes, limit);
+    uint64_t limit = limit_of(g, life), size = chunk_size(least, most, limit);
 
+    if (size > limit)
+        return error_set(s->cookie, KVD_E_LIMIT, "a block takes %llu bytes of staging; allowed: %llu", (unsigned long long)least,
+                         (unsigned long long)limit);
     for (;;) {
-        struct staging_chunk *c = find_free(g, bytes);
+        bool full = g->full_serial == life->serial && g->chunks;
+        struct staging_chunk *c = find_free(g, most);
 
+        if (!c && !full && g->total_bytes + size <= limit)
+            return add_chunk(s, size, ret);
+        if (!c)
+            c = find_free(g, least);
         if (c) {
             c->taken = true;
             *ret = c;
             return 0;
         }
-        if (size > limit)
-            return error_set(s->cookie, KVD_E_LIMIT, "a block takes %llu bytes of staging; allowed: %llu", (unsigned long long)bytes,
-                             (unsigned long long)limit);
-        if (g->total_bytes + size <= limit)
-            return add_chunk(s, size, ret);
         c = find_free(g, 0);
         if (c) { /* too small for this one: make room */
             unlink_chunk(g, c);
+            g->full_serial = 0;
             pthread_mutex_unlock(&g->lock);
             drop_at_daemon(s, life, c);
             free_chunk(c);
             pthread_mutex_lock(&g->lock);
-        } else if (wait) {
-            pthread_cond_wait(&g->freed, &g->lock);
         } else {
-            return KVD_E_LIMIT;
+            pthread_cond_wait(&g->freed, &g->lock);
         }
     }
 }
 
-int staging_take(struct kvd *s, struct life *life, uint64_t bytes, bool wait, struct staging_chunk **ret)
+/* Takes out a chunk that the daemon would not have. Returns true if there are others, so that one of them may be waited for. */
+static bool give_up_chunk(struct kvd *s, struct life *life, struct staging_chunk *c, bool full)
+{
+    bool others;
+
+    pthread_mutex_lock(&s->staging.lock);
+    unlink_chunk(&s->staging, c);
+    others = s->staging.chunks != NULL;
+    if (full && others)
+        s->staging.full_serial = life->serial;
+    pthread_cond_broadcast(&s->staging.freed);
+    pthread_mutex_unlock(&s->staging.lock);
+    free_chunk(c);
+    return others;
+}
+
+int staging_take(struct kvd *s, struct life *life, uint64_t least_bytes, uint64_t most_bytes, struct staging_chunk **ret)
 {
     struct staging_chunk *c = NULL;
     int r;
 
-    pthread_mutex_lock(&s->staging.lock);
-    r = take_locked(s, life, bytes, wait, &c);
-    pthread_mutex_unlock(&s->staging.lock);
-    if (r != 0)
-        return r;
-    if (c->serial != life->serial)
+    do {
+        pthread_mutex_lock(&s->staging.lock);
+        r = take_locked(s, life, least_bytes, most_bytes, &c);
+        pthread_mutex_unlock(&s->staging.lock);
+        if (r != 0)
+            return r;
+        if (c->serial == life->serial)
+            break;
         r = tell_daemon(s, life, c);
-    if (r != 0) {
-        staging_discard(s, life, c);
-        return r;
-    }
-    *ret = c;
-    return 0;
+        /* Over the daemon's number of stagings: make do with those there are. */
+    } while (r != 0 && give_up_chunk(s, life, c, r == KVD_E_LIMIT) && r == KVD_E_LIMIT);
+    if (r == 0)
+        *ret = c;
+    return r;
 }
 
 void staging_give(struct kvd *s, struct staging_chunk *c)

@@ -34,16 +34,17 @@ struct staging {
     struct staging_chunk *chunks;
     uint64_t total_bytes;
     uint64_t limit_bytes; /* the caller's wish; 0: the daemon's limit alone */
+    uint32_t full_serial; /* the life whose daemon takes no more of them */
 };
 
 void staging_init(struct staging *staging, uint64_t limit_bytes);
 /* No chunk is taken. forked: a child frees what it inherited. */
 void staging_deinit(struct staging *staging, bool forked);
 
-/* Takes a chunk of at least bytes that the life knows. wait: until another publish gives one back if there is no room for more (the
- * caller holds none, so that two cannot wait for each other); else KVD_E_LIMIT at once.
+/* Takes a chunk that the life knows, of at least least_bytes, and of most_bytes if that is possible without waiting. Waits until another
+ * publish gives one back when there is no room for one more: the caller holds none, so that two cannot wait for each other.
  * Errors: KVD_E_LIMIT (more than may ever be), KVD_E_NOMEM, those of a request. */
-int staging_take(struct kvd *session, struct life *life, uint64_t bytes, bool wait, struct staging_chunk **ret);
+int staging_take(struct kvd *session, struct life *life, uint64_t least_bytes, uint64_t most_bytes, struct staging_chunk **ret);
 void staging_give(struct kvd *session, struct staging_chunk *chunk);
 /* A request about it ended without an answer: the daemon may still be reading, so its bytes must not change any more. */
 void staging_discard(struct kvd *session, struct life *life, struct staging_chunk *chunk);
