@@ -9,6 +9,7 @@
  * fork(): a child may read memory it had mapped, but its calls return KVD_E_FORKED; it attaches anew.
  * A daemon that dies or is restarted: memory under lease stays readable as it was; calls attach again by themselves (at most
  * once per reattach_msec) and until then a match finds nothing and a publish returns KVD_E_GONE.
+ * A worker that the daemon cuts off while it lives (it misbehaved or hung) loses its leases: uses of them return KVD_E_STALE.
  * Errors: every int result is 0 or an enum kvd_error; kvd_message() tells the details of this thread's last error on it.
  *
  * C99 and C++. Formats: docs/codecs.md, docs/protocol.md, docs/shared-memory.md. */
@@ -181,8 +182,11 @@ size_t kvd_prefix_blocks(const kvd_prefix *prefix);  /* matched and leased */
 /* Key of block i of the sequence, computed when needed. NULL if i is no whole block of it. */
 const uint8_t *kvd_prefix_key(kvd_prefix *prefix, size_t i);
 
-/* A leased block's encoded bytes, read-only, valid while leased. Errors: KVD_E_NOT_FOUND (not leased: outside of a sliding
- * window, or not matched). layout of the bytes: docs/codecs.md. */
+/* A leased block's encoded bytes, read-only, valid while leased. The first use of memory that this process has not mapped yet is a
+ * round trip to the daemon; so is one use of each piece after the daemon has given memory back to the system.
+ * Errors: KVD_E_NOT_FOUND (not leased: outside of a sliding window, or not matched), KVD_E_STALE (the lease is lost), KVD_E_CORRUPT
+ * (the index contradicts the space), and, if memory is to be mapped, KVD_E_GONE, KVD_E_TIMEOUT, KVD_E_NOMEM.
+ * Layout of the bytes: docs/codecs.md. */
 struct kvd_block {
     const void *payload;
     size_t bytes;
@@ -209,7 +213,8 @@ enum kvd_load_flag {
 
 /* Decodes blocks [first_block, first_block + n_blocks) of a matched prefix; layers: one struct a layer of the space. Blocks that a
  * sliding group does not hold are skipped: its layers get only what is leased (ask kvd_prefix_block). Runs on the calling thread.
- * dtype: of the destination, any. Errors: KVD_E_ARG, KVD_E_STALE, KVD_E_CORRUPT. */
+ * dtype: of the destination, any. Maps memory as kvd_prefix_block() does. On an error what was written means nothing.
+ * Errors: KVD_E_ARG, KVD_E_STALE (not leased, or no more), KVD_E_CORRUPT, those of kvd_prefix_block(). */
 int kvd_load(kvd_prefix *prefix, size_t first_block, size_t n_blocks, enum kvd_dtype dtype, const struct kvd_kv *layers,
              uint32_t flags);
 
@@ -230,11 +235,14 @@ kvd_loading *kvd_load_end(kvd_loading *loading);
 enum kvd_publish_status { KVD_PUBLISHED = 0, KVD_PRESENT = 1, KVD_FAILED = 2 };
 
 /* Hands over K and V of blocks [first_block, first_block + n_blocks) of the sequence that prefix was last matched with (tokens
- * and extras as given to kvd_match; they are remembered by their keys and, for the daemon to check, tokens are passed again).
+ * and extras as given to kvd_match; they are remembered by their keys and, for the daemon to check, tokens are passed again:
+ * all of the sequence). tokens may go on after the end of what was matched, up to max_blocks: what a model has generated.
  * layers: as for load, for the range's tokens, in dtype. groups: bit g = group g (a sliding group's early blocks may be left
  * out); 0: all. The call copies into staging, waits for the daemon, and fills ret_status[n_blocks] (may be NULL; a block's status is
  * the worst of its groups). Returns KVD_OK if no block failed, else the first failure's error. Blocks until done; never holds up a
- * match in another thread. */
+ * match in another thread. A block that is there already is neither copied nor sent.
+ * Errors: KVD_E_ARG, KVD_E_TOKEN (others than were matched, or too few), KVD_E_LIMIT, KVD_E_GONE, KVD_E_TIMEOUT, KVD_E_NOMEM, and what the
+ * daemon finds: KVD_E_PARENT, KVD_E_VALUE, KVD_E_QUOTA, KVD_E_FULL, KVD_E_DRAINING. */
 int kvd_publish(kvd_prefix *prefix, const uint32_t *tokens, size_t n_tokens, size_t first_block, size_t n_blocks,
                 uint32_t groups, enum kvd_dtype dtype, const struct kvd_kv *layers, enum kvd_publish_status *ret_status);
 
@@ -252,7 +260,8 @@ int kvd_flight_end(kvd_prefix *prefix, size_t first_block, size_t n);
 
 /* ---- Codecs, by themselves (what kvctl codec uses) -------------------------------------------------------------------- */
 
-/* Names of all codecs, NULL-terminated, constant. */
+/* Names of all codecs, NULL-terminated, constant. "raw" is fp16 here; in a space it keeps the space's dtype. These calls need no
+ * session; their details are in kvd_message(NULL). */
 const char *const *kvd_codec_names(void);
 /* One sentence about a codec specification's codec; NULL if unknown. */
 const char *kvd_codec_help(const char *spec);
