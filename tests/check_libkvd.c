@@ -1,4 +1,5 @@
-/* libkvd against a daemon made by hand (fake_daemon.h): match, lease, load, publish, and everything that a daemon may do wrong. */
+/* libkvd against a daemon made by hand (fake_daemon.h): match, lease, load, publish, and everything that a daemon
+ * may do wrong. */
 #include <check.h>
 #include <pthread.h>
 #include <stdatomic.h>
@@ -70,7 +71,8 @@ static kvd *attach(void)
 }
 
 /* Two layers in one full group; with windows > 0 one more layer in a sliding group for each. */
-static kvd_space *open_space(kvd *k, const uint32_t *windows, uint32_t n_windows, uint32_t digest_bytes, const char *codec)
+static kvd_space *open_space(kvd *k, const uint32_t *windows, uint32_t n_windows, uint32_t digest_bytes,
+                             const char *codec)
 {
     struct kvd_space_desc d = KVD_SPACE_INIT;
     struct kvd_layer layers[8] = {{0}};
@@ -139,7 +141,8 @@ static uint32_t add_block(struct bed *b, size_t block, uint32_t group, uint8_t f
     uint32_t e;
 
     memset(payload, fill, n);
-    e = fake_add(b->fake, kvd_prefix_key(b->prefix, block), (uint8_t)group, block == 0 ? SHM_ENTRY_FIRST : 0, payload, (uint32_t)n, 0);
+    e = fake_add(b->fake, kvd_prefix_key(b->prefix, block), (uint8_t)group, block == 0 ? SHM_ENTRY_FIRST : 0, payload,
+                 (uint32_t)n, 0);
     free(payload);
     return e;
 }
@@ -189,11 +192,11 @@ START_TEST(attach_lies)
         enum fake_lie lie;
         int error;
     } lies[] = {
-        {FAKE_SILENT, KVD_E_TIMEOUT},       {FAKE_HANGUP, KVD_E_GONE},          {FAKE_GARBAGE, KVD_E_PROTOCOL},
-        {FAKE_SHORT_FRAME, KVD_E_PROTOCOL}, {FAKE_WRONG_TYPE, KVD_E_PROTOCOL},  {FAKE_WRONG_ID, KVD_E_TIMEOUT},
-        {FAKE_BROKEN_BODY, KVD_E_PROTOCOL}, {FAKE_EXTRA_FD, KVD_E_PROTOCOL},    {FAKE_NO_FDS, KVD_E_PROTOCOL},
-        {FAKE_ERROR, KVD_E_DRAINING},       {FAKE_ERROR_EMPTY, KVD_E_PROTOCOL}, {FAKE_UNSEALED, KVD_E_PROTOCOL},
-        {FAKE_SHORT_MEMORY, KVD_E_PROTOCOL}, {FAKE_BAD_INDEX, KVD_E_PROTOCOL},  {FAKE_BAD_PAGE, KVD_E_PROTOCOL},
+        {FAKE_SILENT, KVD_E_TIMEOUT},        {FAKE_HANGUP, KVD_E_GONE},          {FAKE_GARBAGE, KVD_E_PROTOCOL},
+        {FAKE_SHORT_FRAME, KVD_E_PROTOCOL},  {FAKE_WRONG_TYPE, KVD_E_PROTOCOL},  {FAKE_WRONG_ID, KVD_E_TIMEOUT},
+        {FAKE_BROKEN_BODY, KVD_E_PROTOCOL},  {FAKE_EXTRA_FD, KVD_E_PROTOCOL},    {FAKE_NO_FDS, KVD_E_PROTOCOL},
+        {FAKE_ERROR, KVD_E_DRAINING},        {FAKE_ERROR_EMPTY, KVD_E_PROTOCOL}, {FAKE_UNSEALED, KVD_E_PROTOCOL},
+        {FAKE_SHORT_MEMORY, KVD_E_PROTOCOL}, {FAKE_BAD_INDEX, KVD_E_PROTOCOL},   {FAKE_BAD_PAGE, KVD_E_PROTOCOL},
         {FAKE_OLD_VERSION, KVD_E_PROTOCOL},
     };
     struct kvd_options o = KVD_OPTIONS_INIT;
@@ -510,7 +513,8 @@ START_TEST(lease_keeps_a_block)
 }
 END_TEST
 
-/* Matchers against a writer that evicts and puts back other bytes: what is leased never changes and is what its key says. */
+/* Matchers against a writer that evicts and puts back other bytes: what is leased never changes and is what its key
+ * says. */
 enum { RACE_BLOCKS = 24, RACE_MATCHERS = 3, RACE_ROUNDS = 3000 };
 struct race {
     struct bed *b;
@@ -589,7 +593,8 @@ START_TEST(lease_race_with_eviction)
     atomic_store(&race.stop, 1);
     for (int i = 0; i < RACE_MATCHERS; i++)
         pthread_join(t[i], NULL);
-    printf("lease_race: %llu blocks used, %llu retired\n", (unsigned long long)race.n_blocks, (unsigned long long)n_retired);
+    printf("lease_race: %llu blocks used, %llu retired\n", (unsigned long long)race.n_blocks,
+           (unsigned long long)n_retired);
     ck_assert_uint_eq(race.n_wrong, 0);
     ck_assert_uint_gt(n_retired, 0);
     ck_assert_uint_eq(fake_leases(b.fake), 0);
@@ -645,7 +650,8 @@ END_TEST
 
 START_TEST(slab_lies)
 {
-    static const enum fake_lie lies[] = {FAKE_UNSEALED, FAKE_SHORT_MEMORY, FAKE_NO_FDS, FAKE_BROKEN_BODY, FAKE_ERROR, FAKE_EXTRA_FD};
+    static const enum fake_lie lies[] = {FAKE_UNSEALED,    FAKE_SHORT_MEMORY, FAKE_NO_FDS,
+                                         FAKE_BROKEN_BODY, FAKE_ERROR,        FAKE_EXTRA_FD};
     struct kvd_block block;
     struct bed b;
 
@@ -729,8 +735,8 @@ static void cache_init(struct cache *c, uint32_t n_layers, size_t n_tokens, bool
                     for (uint32_t d = 0; d < DIM; d++)
                         c->memory[l][v][t * TOKEN_ROW + h * ROW + d] = value_at(t, l, v, h, d);
         }
-        c->kv[l] = (struct kvd_kv){c->memory[l][0],         c->memory[l][1],     TOKEN_ROW * sizeof(float), ROW * sizeof(float),
-                                   TOKEN_ROW * sizeof(float), ROW * sizeof(float)};
+        c->kv[l] = (struct kvd_kv){c->memory[l][0],     c->memory[l][1],           TOKEN_ROW * sizeof(float),
+                                   ROW * sizeof(float), TOKEN_ROW * sizeof(float), ROW * sizeof(float)};
     }
 }
 
@@ -814,13 +820,15 @@ START_TEST(publish_goes_on_after_the_match)
     bed_setup(&b);
     match(&b, 3 * B);
     cache_init(&c, 2, 6 * B, true);
-    ck_assert_int_eq(kvd_publish(b.prefix, b.tokens, 6 * B, 0, 6, 0, KVD_F32, c.kv, NULL), KVD_OK); /* generated tokens */
+    ck_assert_int_eq(kvd_publish(b.prefix, b.tokens, 6 * B, 0, 6, 0, KVD_F32, c.kv, NULL),
+                     KVD_OK); /* generated tokens */
     ck_assert_uint_eq(match(&b, 6 * B), 6 * B);
     b.tokens[0]++;
     ck_assert_int_eq(kvd_publish(b.prefix, b.tokens, 6 * B, 0, 6, 0, KVD_F32, c.kv, NULL), KVD_E_TOKEN);
     b.tokens[0]--;
     ck_assert_int_eq(kvd_publish(b.prefix, b.tokens, 6 * B, 3, 4, 0, KVD_F32, c.kv, NULL), KVD_E_TOKEN); /* too few */
-    ck_assert_int_eq(kvd_publish(b.prefix, b.tokens, 6 * B, 0, 6, 2, KVD_F32, c.kv, NULL), KVD_E_ARG);   /* no such group */
+    ck_assert_int_eq(kvd_publish(b.prefix, b.tokens, 6 * B, 0, 6, 2, KVD_F32, c.kv, NULL),
+                     KVD_E_ARG); /* no such group */
     c.kv[1].v = NULL;
     ck_assert_int_eq(kvd_publish(b.prefix, b.tokens, 6 * B, 0, 6, 0, KVD_F32, c.kv, NULL), KVD_E_ARG);
     cache_deinit(&c);
@@ -1025,7 +1033,8 @@ START_TEST(a_long_request_holds_up_no_other)
     ck_assert_int_eq(slow.done, 0);
     pthread_join(t, NULL);
     ck_assert_int_eq(slow.result, KVD_E_TIMEOUT);
-    ck_assert_uint_eq(fake_count(b.fake, FRAME_STAGING_DROP), 1); /* the daemon may still read it: it is not used again */
+    ck_assert_uint_eq(fake_count(b.fake, FRAME_STAGING_DROP),
+                      1); /* the daemon may still read it: it is not used again */
     bed_teardown(&b);
 }
 END_TEST
@@ -1158,8 +1167,8 @@ START_TEST(restarts_under_load)
         published += churn[i].n_published;
     }
     kvd_get_info(b.k, &info);
-    printf("restarts_under_load: %llu blocks used, %llu publishes, attached again %llu times\n", (unsigned long long)used,
-           (unsigned long long)published, (unsigned long long)info.n_reattached);
+    printf("restarts_under_load: %llu blocks used, %llu publishes, attached again %llu times\n",
+           (unsigned long long)used, (unsigned long long)published, (unsigned long long)info.n_reattached);
     ck_assert_uint_gt(used, 0);
     ck_assert_uint_gt(info.n_reattached, 0);
     bed_teardown(&b);
@@ -1264,11 +1273,31 @@ static void add(Suite *s, const char *name, const TTest *const *tests, size_t n)
 int main(void)
 {
     const TTest *plain[] = {
-        attach_info_ping, attach_nobody_there, space_refusals, match_longest_whole_blocks, match_arguments, match_digests_pad,
-        match_with_few_leases, match_makes_no_request, lease_keeps_a_block, lease_race_with_eviction, slab_number_used_again,
-        slab_lies, index_of_garbage, publish_then_load, publish_goes_on_after_the_match, publish_small_staging,
-        publish_one_bad_block, publish_lies, load_refuses_corruption, load_layer_by_layer, a_long_request_holds_up_no_other,
-        restarts_under_load, cut_off_while_the_daemon_lives, fork_child_is_told, flights,
+        attach_info_ping,
+        attach_nobody_there,
+        space_refusals,
+        match_longest_whole_blocks,
+        match_arguments,
+        match_digests_pad,
+        match_with_few_leases,
+        match_makes_no_request,
+        lease_keeps_a_block,
+        lease_race_with_eviction,
+        slab_number_used_again,
+        slab_lies,
+        index_of_garbage,
+        publish_then_load,
+        publish_goes_on_after_the_match,
+        publish_small_staging,
+        publish_one_bad_block,
+        publish_lies,
+        load_refuses_corruption,
+        load_layer_by_layer,
+        a_long_request_holds_up_no_other,
+        restarts_under_load,
+        cut_off_while_the_daemon_lives,
+        fork_child_is_told,
+        flights,
     };
     Suite *s = suite_create("libkvd");
     TCase *loops = tcase_create("loops");

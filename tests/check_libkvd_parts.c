@@ -139,7 +139,8 @@ START_TEST(mux_replies_in_any_order)
         far_read(&l, &h[i]);
     }
     for (int i = 1; i >= 0; i--)
-        ck_assert_int_eq(frame_send(l.far, FRAME_PING | FRAME_REPLY, h[i].request_id, i ? "one" : "zero", i ? 3 : 4, NULL, 0, 0), 0);
+        ck_assert_int_eq(
+            frame_send(l.far, FRAME_PING | FRAME_REPLY, h[i].request_id, i ? "one" : "zero", i ? 3 : 4, NULL, 0, 0), 0);
     for (int i = 0; i < 2; i++)
         ck_assert_int_eq(mux_wait(&l.mux, &call[i], 1000, &reply[i]), 0);
     ck_assert_uint_eq(reply[0].n, 4);
@@ -227,8 +228,8 @@ static void *asker_run(void *ctx)
         uint32_t said[2] = {a->number, i};
         struct mux_reply reply = {0};
 
-        if (mux_request(&a->link->mux, FRAME_PING, said, sizeof(said), NULL, 0, 20000, &reply) != 0 || reply.n != sizeof(said) ||
-            memcmp(reply.body, said, sizeof(said)) != 0)
+        if (mux_request(&a->link->mux, FRAME_PING, said, sizeof(said), NULL, 0, 20000, &reply) != 0 ||
+            reply.n != sizeof(said) || memcmp(reply.body, said, sizeof(said)) != 0)
             a->n_wrong++;
         mux_reply_clear(&reply);
     }

@@ -64,8 +64,8 @@ static void must(bool ok, const char *what)
 
 /* ---- Replies ---- */
 
-static void reply(struct fake *f, struct conn *c, uint16_t type, uint32_t id, const void *body, size_t n, const int *fds,
-                  size_t n_fds)
+static void reply(struct fake *f, struct conn *c, uint16_t type, uint32_t id, const void *body, size_t n,
+                  const int *fds, size_t n_fds)
 {
     enum fake_lie lie = type < TYPES ? (enum fake_lie)atomic_load(&f->lie[type]) : FAKE_HONEST;
     static const uint8_t junk[] = {0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0x7f};
@@ -89,7 +89,8 @@ static void reply(struct fake *f, struct conn *c, uint16_t type, uint32_t id, co
         must(send(c->fd, "KVD1", 4, MSG_NOSIGNAL) > 0, "send");
         return;
     case FAKE_WRONG_TYPE:
-        frame_send(c->fd, (uint16_t)((type == FRAME_PING ? FRAME_STATS : FRAME_PING) | FRAME_REPLY), id, body, n, NULL, 0, 0);
+        frame_send(c->fd, (uint16_t)((type == FRAME_PING ? FRAME_STATS : FRAME_PING) | FRAME_REPLY), id, body, n, NULL,
+                   0, 0);
         return;
     case FAKE_WRONG_ID:
         frame_send(c->fd, (uint16_t)(type | FRAME_REPLY), id + 1000000, body, n, fds, n_fds, 0);
@@ -124,8 +125,8 @@ static void reply(struct fake *f, struct conn *c, uint16_t type, uint32_t id, co
     }
 }
 
-static void reply_message(struct fake *f, struct conn *c, uint16_t type, uint32_t id, const ProtobufCMessage *m, const int *fds,
-                          size_t n_fds)
+static void reply_message(struct fake *f, struct conn *c, uint16_t type, uint32_t id, const ProtobufCMessage *m,
+                          const int *fds, size_t n_fds)
 {
     size_t n = protobuf_c_message_get_packed_size(m);
     uint8_t *body = malloc(n ? n : 1);
@@ -177,7 +178,8 @@ static int bad_index(struct fake *f)
     struct shm_index_header h = *f->index.header;
 
     h.n_entries = SHM_ENTRIES_MAX;
-    must(fd >= 0 && ftruncate(fd, (off_t)f->index.memory.bytes) == 0 && write(fd, &h, sizeof(h)) == sizeof(h), "bad index");
+    must(fd >= 0 && ftruncate(fd, (off_t)f->index.memory.bytes) == 0 && write(fd, &h, sizeof(h)) == sizeof(h),
+         "bad index");
     must(fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW) == 0, "seal");
     return fd;
 }
@@ -232,14 +234,17 @@ static void take_space(struct fake *f, struct conn *c, uint32_t id, const uint8_
     for (size_t i = 0; i < s->n_layer; i++) {
         const Kvd__V1__Layer *l = s->layer[i];
 
-        layers[i] = (struct payload_layer){.n_kv_heads = l->n_kv_heads, .dim_k = l->dim_k, .dim_v = l->dim_v, .group = l->group};
-        must(payload_layer_codecs(&layers[i], dtype, l->codec_k, l->codec_v, l->codec_first_k, l->codec_first_v, &reason) == 0,
+        layers[i] = (struct payload_layer){
+            .n_kv_heads = l->n_kv_heads, .dim_k = l->dim_k, .dim_v = l->dim_v, .group = l->group};
+        must(payload_layer_codecs(&layers[i], dtype, l->codec_k, l->codec_v, l->codec_first_k, l->codec_first_v,
+                                  &reason) == 0,
              "codecs");
     }
     for (uint32_t g = 0; g < s->n_group; g++)
         for (int k = 0; k < 2; k++) {
             payload_layout_destroy(f->layout[g][k]);
-            must(payload_layout_create(layers, (uint32_t)s->n_layer, g, k != 0, s->block_tokens, &f->layout[g][k], &reason) == 0,
+            must(payload_layout_create(layers, (uint32_t)s->n_layer, g, k != 0, s->block_tokens, &f->layout[g][k],
+                                       &reason) == 0,
                  "layout");
             (k ? first : plain)[g] = f->layout[g][k]->bytes;
         }
@@ -303,8 +308,8 @@ static void take_staging(struct fake *f, struct conn *c, uint32_t id, const uint
     kvd__v1__staging_add__free_unpacked(add, NULL);
 }
 
-static uint32_t add_locked(struct fake *f, const uint8_t key[32], uint8_t group, uint8_t flags, const void *payload, uint32_t n,
-                           uint32_t crc)
+static uint32_t add_locked(struct fake *f, const uint8_t key[32], uint8_t group, uint8_t flags, const void *payload,
+                           uint32_t n, uint32_t crc)
 {
     uint32_t e = f->next_entry++;
     uint64_t loc;
@@ -320,7 +325,8 @@ static uint32_t add_locked(struct fake *f, const uint8_t key[32], uint8_t group,
     return e;
 }
 
-static uint32_t publish_block(struct fake *f, const struct conn *c, const Kvd__V1__Publish *m, const Kvd__V1__PublishBlock *b)
+static uint32_t publish_block(struct fake *f, const struct conn *c, const Kvd__V1__Publish *m,
+                              const Kvd__V1__PublishBlock *b)
 {
     const struct payload_layout *layout = f->layout[b->group][b->first];
     enum codec_dtype dtype = CODEC_F16;
@@ -328,7 +334,8 @@ static uint32_t publish_block(struct fake *f, const struct conn *c, const Kvd__V
     uint8_t key[32] = {0};
     void *payload;
 
-    must(m->staging < STAGINGS_MAX && c->staging[m->staging].map && codec_dtype_parse(m->dtype, &dtype) == 0, "staging");
+    must(m->staging < STAGINGS_MAX && c->staging[m->staging].map && codec_dtype_parse(m->dtype, &dtype) == 0,
+         "staging");
     must(b->offset % 64 == 0 && b->offset + layout->raw_bytes[dtype] <= c->staging[m->staging].bytes, "offset");
     if (f->digest_bytes)
         memcpy(key, b->digest.data, b->digest.len);
@@ -338,8 +345,8 @@ static uint32_t publish_block(struct fake *f, const struct conn *c, const Kvd__V
         return KVD_PRESENT;
     payload = calloc(1, layout->bytes);
     must(payload != NULL, "payload");
-    if (payload_encode(layout, &codec_ops_scalar, dtype, (const char *)c->staging[m->staging].map + b->offset, 0, layout->n_parts,
-                       payload, NULL) != 0) {
+    if (payload_encode(layout, &codec_ops_scalar, dtype, (const char *)c->staging[m->staging].map + b->offset, 0,
+                       layout->n_parts, payload, NULL) != 0) {
         free(payload);
         return KVD_FAILED;
     }
@@ -583,7 +590,8 @@ void fake_delay(struct fake *f, enum frame_type type, unsigned msec)
     atomic_store(&f->delay_msec[type], msec);
 }
 
-uint32_t fake_add(struct fake *f, const uint8_t key[32], uint8_t group, uint8_t flags, const void *payload, uint32_t n, uint32_t crc)
+uint32_t fake_add(struct fake *f, const uint8_t key[32], uint8_t group, uint8_t flags, const void *payload, uint32_t n,
+                  uint32_t crc)
 {
     uint32_t e;
 

@@ -1,4 +1,5 @@
-/* kvctl codec: list, encode, decode, error. A tensor is [tokens][heads][dim]; a codec works on one head of one run of tokens. */
+/* kvctl codec: list, encode, decode, error. A tensor is [tokens][heads][dim]; a codec works on one head of one run
+ * of tokens. */
 #include <errno.h>
 #include <fcntl.h>
 #include <math.h>
@@ -13,7 +14,8 @@
 #include "npy.h"
 
 const struct ctl_opt codec_opts[] = {
-    {"codec", 'c', "SPEC", "codec with options, as in kvctl codec list; error: several with commas between, or all (the default)"},
+    {"codec", 'c', "SPEC",
+     "codec with options, as in kvctl codec list; error: several with commas between, or all (the default)"},
     {"v", 'v', NULL, "the numbers are V (else K: some codecs differ)"},
     {"shape", 'S', "T,H,D", "tokens, heads, dim of raw numbers; or T,D"},
     {"dtype", 'd', "TYPE", "f16, bf16 or f32: of raw numbers, and of what decode writes (f16)"},
@@ -166,8 +168,8 @@ static int load_tensor(const char *path, const struct ctl_args *args, struct ten
     if (!args->set[OPT_SHAPE] || !args->set[OPT_DTYPE])
         return ctl_usage("%s is no .npy file: --shape and --dtype are needed", path);
     if (!parse_shape(args->value[OPT_SHAPE], t) || !parse_dtype(args->value[OPT_DTYPE], &t->dtype))
-        return ctl_usage("--shape=%s --dtype=%s: a shape is T,H,D or T,D, a type f16, bf16 or f32", args->value[OPT_SHAPE],
-                         args->value[OPT_DTYPE]);
+        return ctl_usage("--shape=%s --dtype=%s: a shape is T,H,D or T,D, a type f16, bf16 or f32",
+                         args->value[OPT_SHAPE], args->value[OPT_DTYPE]);
     t->data = t->file;
     return n == tensor_bytes(t) && n ? EXIT_OK : complain(path, "it is not as long as --shape and --dtype say");
 }
@@ -380,8 +382,8 @@ static int codec_encode_page(const struct ctl_args *args)
 }
 
 /* Decodes what encode_all() wrote into [tokens][heads][dim]. */
-static int decode_all(const uint8_t *code, size_t n_code, const struct tensor *t, const char *spec, int is_v, size_t block,
-                      uint8_t *dst)
+static int decode_all(const uint8_t *code, size_t n_code, const struct tensor *t, const char *spec, int is_v,
+                      size_t block, uint8_t *dst)
 {
     size_t row = t->dim * dtype_bytes(t->dtype), at = 0;
     uint8_t *head = malloc(block * row);
@@ -457,8 +459,8 @@ struct error_sum {
 };
 
 /* Codes and decodes one head's run and adds what is lost. x, y: fp32, n * dim. */
-static int add_error(const struct tensor *t, const char *spec, int is_v, const uint8_t *head, size_t n, uint8_t *code, float *x,
-                     float *y, struct error_sum *s)
+static int add_error(const struct tensor *t, const char *spec, int is_v, const uint8_t *head, size_t n, uint8_t *code,
+                     float *x, float *y, struct error_sum *s)
 {
     size_t bytes;
     int r = kvd_codec_bytes(spec, is_v, n, t->dim, &bytes, NULL);
@@ -509,8 +511,11 @@ static int measure(const struct tensor *t, const char *spec, int is_v, size_t bl
 
 static void print_error(const char *spec, const struct error_sum *s, size_t n_values, bool json, int *io_n)
 {
-    double bits = (double)s->bits / (double)n_values, rel = s->power > 0 ? s->error / s->power : s->error > 0 ? INFINITY : 0;
-    double cosine = s->power > 0 && s->power_out > 0 ? s->dot / sqrt(s->power * s->power_out) : s->power == s->power_out;
+    double bits = (double)s->bits / (double)n_values, rel = s->power > 0   ? s->error / s->power
+                                                            : s->error > 0 ? INFINITY
+                                                                           : 0;
+    double cosine =
+        s->power > 0 && s->power_out > 0 ? s->dot / sqrt(s->power * s->power_out) : s->power == s->power_out;
 
     if (!json) {
         if ((*io_n)++ == 0)
@@ -527,7 +532,8 @@ static void print_error(const char *spec, const struct error_sum *s, size_t n_va
     putchar('}');
 }
 
-/* The next codec of a list with commas. A comma within options separates options: a name follows only if it is a codec's. */
+/* The next codec of a list with commas. A comma within options separates options: a name follows only if it is a
+ * codec's. */
 static char *next_spec(char **at)
 {
     char *start = *at, *p = start;

@@ -1,4 +1,5 @@
-/* kvctl doctor: what a worker needs of this machine, one line each: ok, warn or FAIL, what was found, and what to do. */
+/* kvctl doctor: what a worker needs of this machine, one line each: ok, warn or FAIL, what was found, and what to
+ * do. */
 #include <errno.h>
 #include <fcntl.h>
 #include <grp.h>
@@ -111,7 +112,8 @@ static bool check_socket(struct doctor *d, const char *path)
     if (stat(path, &st) < 0) {
         say(d, FAIL, "socket",
             errno == EACCES ? "a folder on the way is closed for this user: see the rights of its parents"
-                            : "start the daemon: systemctl start kvd (or kvd --config FILE); or say where it is: --socket, $KVD_SOCKET",
+                            : "start the daemon: systemctl start kvd (or kvd --config FILE); or say where it is: "
+                              "--socket, $KVD_SOCKET",
             "%s: %s", path, strerror(errno));
         return false;
     }
@@ -132,7 +134,8 @@ static const char *attach_advice(int r)
 {
     switch (r) {
     case KVD_E_CONNECT:
-        return "the socket is there and nobody listens: systemctl status kvd; a stale socket of a dead daemon goes at its next start";
+        return "the socket is there and nobody listens: systemctl status kvd; a stale socket of a dead daemon goes at "
+               "its next start";
     case KVD_E_DENIED:
         return "no tenant takes this user: see default_tenant and the [tenant] sections of kvd.conf";
     case KVD_E_PROTOCOL:
@@ -174,7 +177,8 @@ static void check_attach(struct doctor *d, const char *path, uint64_t *ret_host_
     }
     kvd_get_info(session, &info);
     say(d, OK, "daemon", "", "%s answers", info.server);
-    say(d, info.admin ? OK : WARN, "admin", "only root, the daemon's user, and admin_uids and admin_gids of kvd.conf may use kvctl's other commands",
+    say(d, info.admin ? OK : WARN, "admin",
+        "only root, the daemon's user, and admin_uids and admin_gids of kvd.conf may use kvctl's other commands",
         "this user %s use kvctl's other commands", info.admin ? "may" : "may not");
     if (info.admin)
         kvd_admin_config(session, "host_bytes", NULL, on_host_bytes, ret_host_bytes);
@@ -204,8 +208,10 @@ static void check_kernel(struct doctor *d)
     if (map != MAP_FAILED)
         munmap(map, page);
     uname(&u);
-    say(d, wipe && pidfd >= 0 ? OK : FAIL, "kernel", "Linux 5.4 or later is needed (a container may also filter these calls)",
-        "%s %s; MADV_WIPEONFORK %s, pidfd_open %s", u.sysname, u.release, wipe ? "yes" : "no", pidfd >= 0 ? "yes" : "no");
+    say(d, wipe && pidfd >= 0 ? OK : FAIL, "kernel",
+        "Linux 5.4 or later is needed (a container may also filter these calls)",
+        "%s %s; MADV_WIPEONFORK %s, pidfd_open %s", u.sysname, u.release, wipe ? "yes" : "no",
+        pidfd >= 0 ? "yes" : "no");
     if (pidfd >= 0)
         close(pidfd);
 }
@@ -217,7 +223,8 @@ static void check_memfd(struct doctor *d)
     void *map;
 
     if (fd < 0) {
-        say(d, FAIL, "memfd", "memfd_create must be allowed: look at the container's seccomp filter", "memfd_create: %s", strerror(errno));
+        say(d, FAIL, "memfd", "memfd_create must be allowed: look at the container's seccomp filter",
+            "memfd_create: %s", strerror(errno));
         return;
     }
     if (ftruncate(fd, 4096) == 0)
@@ -227,8 +234,10 @@ static void check_memfd(struct doctor *d)
     if (!refused)
         munmap(map, 4096);
     close(fd);
-    say(d, future && refused ? OK : FAIL, "memfd", "Linux 5.1 or later is needed: without F_SEAL_FUTURE_WRITE workers could write the cache",
-        "seals %s; a writable mapping after them %s", future ? "work" : "are refused", refused ? "is refused" : "is NOT refused");
+    say(d, future && refused ? OK : FAIL, "memfd",
+        "Linux 5.1 or later is needed: without F_SEAL_FUTURE_WRITE workers could write the cache",
+        "seals %s; a writable mapping after them %s", future ? "work" : "are refused",
+        refused ? "is refused" : "is NOT refused");
 }
 
 static void check_memory(struct doctor *d, uint64_t host_bytes)
@@ -237,22 +246,28 @@ static void check_memory(struct doctor *d, uint64_t host_bytes)
     uint64_t available = (uint64_t)read_field("/proc/meminfo", "MemAvailable") << 10;
     char a[24], t[24], h[24];
 
-    say(d, host_bytes > total ? FAIL : host_bytes > total / 10 * 9 ? WARN : OK, "memory",
-        "lower host_bytes in kvd.conf: it is more than the machine can give", "%s available of %s%s%s",
-        text_bytes(available, a), text_bytes(total, t), host_bytes ? "; host_bytes is " : "", host_bytes ? text_bytes(host_bytes, h) : "");
+    say(d,
+        host_bytes > total            ? FAIL
+        : host_bytes > total / 10 * 9 ? WARN
+                                      : OK,
+        "memory", "lower host_bytes in kvd.conf: it is more than the machine can give", "%s available of %s%s%s",
+        text_bytes(available, a), text_bytes(total, t), host_bytes ? "; host_bytes is " : "",
+        host_bytes ? text_bytes(host_bytes, h) : "");
 }
 
 static void check_hugepages(struct doctor *d)
 {
     char shmem[128];
-    long long n = read_field("/proc/meminfo", "HugePages_Total"), n_free = read_field("/proc/meminfo", "HugePages_Free");
+    long long n = read_field("/proc/meminfo", "HugePages_Total"),
+              n_free = read_field("/proc/meminfo", "HugePages_Free");
     bool granted;
 
     read_line("/sys/kernel/mm/transparent_hugepage/shmem_enabled", shmem, sizeof(shmem));
     granted = n > 0 || strstr(shmem, "[always]") || strstr(shmem, "[advise]") || strstr(shmem, "[within_size]") ||
               strstr(shmem, "[force]");
     say(d, granted ? OK : WARN, "hugepages",
-        "it works without, with more TLB misses: echo advise > /sys/kernel/mm/transparent_hugepage/shmem_enabled, or reserve "
+        "it works without, with more TLB misses: echo advise > /sys/kernel/mm/transparent_hugepage/shmem_enabled, or "
+        "reserve "
         "some with vm.nr_hugepages",
         "%lld reserved, %lld free; transparent for shared memory: %s", n < 0 ? 0 : n, n_free < 0 ? 0 : n_free,
         shmem[0] ? shmem : "not supported");
@@ -274,8 +289,8 @@ static void check_limits(struct doctor *d)
             "the whole cache is mapped into each worker: lift it with ulimit -v unlimited", "%s of address space",
             text_bytes(space.rlim_cur, text));
     read_line("/proc/sys/vm/max_map_count", maps, sizeof(maps));
-    say(d, strtoull(maps, NULL, 10) >= 4096 ? OK : WARN, "mappings", "raise vm.max_map_count: each slab is one mapping", "%s at once",
-        maps[0] ? maps : "unknown");
+    say(d, strtoull(maps, NULL, 10) >= 4096 ? OK : WARN, "mappings", "raise vm.max_map_count: each slab is one mapping",
+        "%s at once", maps[0] ? maps : "unknown");
 }
 
 static bool has_word(const char *line, const char *word)
@@ -298,13 +313,19 @@ static void check_processor(struct doctor *d)
         if (strncmp(line, "flags", 5) == 0) {
             sha = has_word(line, "sha_ni");
             avx2 = has_word(line, "avx2") && has_word(line, "f16c") && has_word(line, "fma");
-            avx512 = has_word(line, "avx512f") && has_word(line, "avx512bw") && has_word(line, "avx512vl") && has_word(line, "avx512dq");
+            avx512 = has_word(line, "avx512f") && has_word(line, "avx512bw") && has_word(line, "avx512vl") &&
+                     has_word(line, "avx512dq");
             break;
         }
     if (f)
         fclose(f);
-    say(d, avx2 ? OK : WARN, "processor", "codecs fall back to scalar code, ten times slower; a virtual machine may hide AVX2 (cpu=host)",
-        "codecs use %s; SHA instructions: %s", avx512 ? "AVX-512" : avx2 ? "AVX2" : "no vector unit", sha ? "yes" : "no");
+    say(d, avx2 ? OK : WARN, "processor",
+        "codecs fall back to scalar code, ten times slower; a virtual machine may hide AVX2 (cpu=host)",
+        "codecs use %s; SHA instructions: %s",
+        avx512 ? "AVX-512"
+        : avx2 ? "AVX2"
+               : "no vector unit",
+        sha ? "yes" : "no");
 }
 
 int run_doctor(struct ctl *ctl, const struct ctl_args *args)

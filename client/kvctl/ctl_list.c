@@ -63,8 +63,8 @@ static int on_block(void *ctx, const struct kvd_block_info *b)
     char key[65], bytes[24], idle[24], age[24];
 
     if (l->n == 0 && !l->json)
-        printf("%-*s %5s %5s %9s %8s %6s %4s %8s %8s %-5s %s\n", l->whole ? 64 : 16, "key", "space", "group", "bytes", "children",
-               "leases", "pins", "idle", "age", "tier", "tenant");
+        printf("%-*s %5s %5s %9s %8s %6s %4s %8s %8s %-5s %s\n", l->whole ? 64 : 16, "key", "space", "group", "bytes",
+               "children", "leases", "pins", "idle", "age", "tier", "tenant");
     if (!next(l))
         return 1;
     if (l->json) {
@@ -73,8 +73,8 @@ static int on_block(void *ctx, const struct kvd_block_info *b)
         return 0;
     }
     printf("%s %5" PRIu32 " %5" PRIu32 " %9s %8" PRIu32 " %6" PRIu32 " %4" PRIu32 " %8s %8s %-5s %s\n",
-           text_key(b->key, l->whole ? 32 : 8, key), b->space, b->group, text_bytes(b->bytes, bytes), b->children, b->leases,
-           b->pins, text_usec(b->idle_usec, idle), text_usec(b->age_usec, age), b->tier, b->tenant);
+           text_key(b->key, l->whole ? 32 : 8, key), b->space, b->group, text_bytes(b->bytes, bytes), b->children,
+           b->leases, b->pins, text_usec(b->idle_usec, idle), text_usec(b->age_usec, age), b->tier, b->tenant);
     return 0;
 }
 
@@ -84,8 +84,9 @@ static int on_space(void *ctx, const struct kvd_space_info *s)
     char key[65], bytes[24];
 
     if (l->n == 0 && !l->json)
-        printf("%5s %-24s %-12s %-6s %6s %6s %6s %-12s %-12s %4s %8s %9s %-*s %s\n", "space", "model", "revision", "dtype", "block",
-               "layers", "groups", "codec k", "codec v", "open", "blocks", "bytes", l->whole ? 64 : 16, "fingerprint", "tenant");
+        printf("%5s %-24s %-12s %-6s %6s %6s %6s %-12s %-12s %4s %8s %9s %-*s %s\n", "space", "model", "revision",
+               "dtype", "block", "layers", "groups", "codec k", "codec v", "open", "blocks", "bytes",
+               l->whole ? 64 : 16, "fingerprint", "tenant");
     if (!next(l))
         return 1;
     if (l->json) {
@@ -109,8 +110,9 @@ static int on_space(void *ctx, const struct kvd_space_info *s)
     }
     printf("%5" PRIu32 " %-24s %-12.12s %-6s %6" PRIu32 " %6" PRIu32 " %6" PRIu32 " %-12s %-12s %4" PRIu32 " %8" PRIu64
            " %9s %s %s\n",
-           s->id, s->model, s->revision, s->dtype, s->block_tokens, s->n_layers, s->n_groups, s->codec_k, s->codec_v, s->open,
-           s->blocks, text_bytes(s->bytes, bytes), text_key(s->fingerprint, l->whole ? 32 : 8, key), s->tenant);
+           s->id, s->model, s->revision, s->dtype, s->block_tokens, s->n_layers, s->n_groups, s->codec_k, s->codec_v,
+           s->open, s->blocks, text_bytes(s->bytes, bytes), text_key(s->fingerprint, l->whole ? 32 : 8, key),
+           s->tenant);
     return 0;
 }
 
@@ -120,8 +122,8 @@ static int on_worker(void *ctx, const struct kvd_worker_info *w)
     char staging[24], age[24];
 
     if (l->n == 0 && !l->json)
-        printf("%8s %-20s %8s %8s %8s %10s %8s %12s %12s %10s %s\n", "worker", "name", "pid", "uid", "leases", "staging", "age",
-               "lookups", "hits", "published", "tenant");
+        printf("%8s %-20s %8s %8s %8s %10s %8s %12s %12s %10s %s\n", "worker", "name", "pid", "uid", "leases",
+               "staging", "age", "lookups", "hits", "published", "tenant");
     if (!next(l))
         return 1;
     if (l->json) {
@@ -139,9 +141,10 @@ static int on_worker(void *ctx, const struct kvd_worker_info *w)
         putchar('}');
         return 0;
     }
-    printf("%8" PRIu64 " %-20s %8" PRId32 " %8" PRIu32 " %8" PRIu64 " %10s %8s %12" PRIu64 " %12" PRIu64 " %10" PRIu64 " %s\n",
-           w->worker, w->name, w->pid, w->uid, w->leases, text_bytes(w->staging_bytes, staging), text_usec(w->age_usec, age),
-           w->lookups, w->hits, w->jobs, w->tenant);
+    printf("%8" PRIu64 " %-20s %8" PRId32 " %8" PRIu32 " %8" PRIu64 " %10s %8s %12" PRIu64 " %12" PRIu64 " %10" PRIu64
+           " %s\n",
+           w->worker, w->name, w->pid, w->uid, w->leases, text_bytes(w->staging_bytes, staging),
+           text_usec(w->age_usec, age), w->lookups, w->hits, w->jobs, w->tenant);
     return 0;
 }
 
@@ -165,8 +168,9 @@ static int on_tenant(void *ctx, const struct kvd_tenant_info *t)
         putchar('}');
         return 0;
     }
-    printf("%-24s %8" PRIu64 " %10s %10s %8" PRIu32 " %8" PRIu32 " %8" PRIu32 "\n", t->name, t->blocks, text_bytes(t->bytes, bytes),
-           t->quota_bytes ? text_bytes(t->quota_bytes, quota) : "-", t->workers, t->spaces, t->slabs);
+    printf("%-24s %8" PRIu64 " %10s %10s %8" PRIu32 " %8" PRIu32 " %8" PRIu32 "\n", t->name, t->blocks,
+           text_bytes(t->bytes, bytes), t->quota_bytes ? text_bytes(t->quota_bytes, quota) : "-", t->workers, t->spaces,
+           t->slabs);
     return 0;
 }
 
@@ -214,11 +218,11 @@ static int on_show(void *ctx, const struct kvd_block_info *b)
         return 0;
     }
     printf("key       %s\nparent    %s\ntenant    %s\nspace     %" PRIu32 "\ngroup     %" PRIu32 "\nfirst     %s\n"
-           "bytes     %" PRIu64 " (%s)\ncrc32c    %08" PRIx32 "\ntier      %s\nchildren  %" PRIu32 "\nleases    %" PRIu32
-           "\npins      %" PRIu32 "\nidle      %s\nage       %s\n",
-           text_key(b->key, 32, key), text_key(b->parent, 32, parent), b->tenant, b->space, b->group, b->first ? "yes" : "no",
-           b->bytes, text_bytes(b->bytes, bytes), b->crc32c, b->tier, b->children, b->leases, b->pins,
-           text_usec(b->idle_usec, idle), text_usec(b->age_usec, age));
+           "bytes     %" PRIu64 " (%s)\ncrc32c    %08" PRIx32 "\ntier      %s\nchildren  %" PRIu32
+           "\nleases    %" PRIu32 "\npins      %" PRIu32 "\nidle      %s\nage       %s\n",
+           text_key(b->key, 32, key), text_key(b->parent, 32, parent), b->tenant, b->space, b->group,
+           b->first ? "yes" : "no", b->bytes, text_bytes(b->bytes, bytes), b->crc32c, b->tier, b->children, b->leases,
+           b->pins, text_usec(b->idle_usec, idle), text_usec(b->age_usec, age));
     return 0;
 }
 

@@ -57,7 +57,8 @@ int run_evict(struct ctl *ctl, const struct ctl_args *args)
 
     if (r != EXIT_OK)
         return r;
-    if (args->set[EVICT_AGE] && (args->set[SELECT_IDLE] || !text_parse_usec(args->value[EVICT_AGE], &select.selector.idle_usec)))
+    if (args->set[EVICT_AGE] &&
+        (args->set[SELECT_IDLE] || !text_parse_usec(args->value[EVICT_AGE], &select.selector.idle_usec)))
         return ctl_usage("--age=%s is no time, or --idle says the same", args->value[EVICT_AGE]);
     if (args->set[EVICT_BYTES] && (!text_parse_bytes(args->value[EVICT_BYTES], &bytes) || bytes == 0))
         return ctl_usage("--bytes=%s is no size above 0", args->value[EVICT_BYTES]);
@@ -82,9 +83,10 @@ int run_evict(struct ctl *ctl, const struct ctl_args *args)
         puts("}");
         return EXIT_OK;
     }
-    printf("%s %" PRIu64 " blocks, %s; kept: %" PRIu64 " leased, %" PRIu64 " pinned, %" PRIu64 " with children that stay\n",
-           args->set[EVICT_DRY] ? "would evict" : "evicted", result.blocks, text_bytes(result.bytes, text), result.kept_leased,
-           result.kept_pinned, result.kept_parents);
+    printf("%s %" PRIu64 " blocks, %s; kept: %" PRIu64 " leased, %" PRIu64 " pinned, %" PRIu64
+           " with children that stay\n",
+           args->set[EVICT_DRY] ? "would evict" : "evicted", result.blocks, text_bytes(result.bytes, text),
+           result.kept_leased, result.kept_pinned, result.kept_parents);
     return EXIT_OK;
 }
 
@@ -167,7 +169,8 @@ int run_verify(struct ctl *ctl, const struct ctl_args *args)
             printf("%s\"%s\"", i ? ", " : "", text_key(result->bad[i], 32, key));
         puts("]}");
     } else {
-        printf("verified %" PRIu64 " blocks, %s: %" PRIu64 " bad\n", result->blocks, text_bytes(result->bytes, text), result->n_bad);
+        printf("verified %" PRIu64 " blocks, %s: %" PRIu64 " bad\n", result->blocks, text_bytes(result->bytes, text),
+               result->n_bad);
         for (uint64_t i = 0; i < result->n_keys; i++)
             printf("bad and dropped: %s\n", text_key(result->bad[i], 32, key));
     }
@@ -308,8 +311,8 @@ int run_ping(struct ctl *ctl, const struct ctl_args *args)
     if (count == 1)
         printf("%.1f us\n", usec[0]);
     else
-        printf("%" PRIu64 " round trips, median %.1f us, 99 %% below %.1f us, slowest %.1f us\n", count, usec[count / 2],
-               usec[count - 1 - count / 100], usec[count - 1]);
+        printf("%" PRIu64 " round trips, median %.1f us, 99 %% below %.1f us, slowest %.1f us\n", count,
+               usec[count / 2], usec[count - 1 - count / 100], usec[count - 1]);
     free(usec);
     return EXIT_OK;
 }

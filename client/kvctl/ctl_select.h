@@ -5,12 +5,13 @@
 #include "kvctl.h"
 
 /* First in a command's table, in this order. */
-#define SELECT_OPTS \
-    {"key", 'k', "HEX", "only the block with this key, or those whose key begins so"}, \
-    {"space", 'S', "ID", "only of this space (see kvctl ls spaces)"}, \
-    {"tenant", 't', "NAME", "only of this tenant"}, \
-    {"model", 'm', "NAME", "only of this model"}, \
-    {"idle", 'i', "TIME", "only if not used for this long (90s, 15min, 2h, 1d)"}
+#define SELECT_OPTS                                                                                                    \
+    {"key", 'k', "HEX", "only the block with this key, or those whose key begins so"},                                 \
+        {"space", 'S', "ID", "only of this space (see kvctl ls spaces)"},                                              \
+        {"tenant", 't', "NAME", "only of this tenant"}, {"model", 'm', "NAME", "only of this model"},                  \
+    {                                                                                                                  \
+        "idle", 'i', "TIME", "only if not used for this long (90s, 15min, 2h, 1d)"                                     \
+    }
 enum { SELECT_KEY, SELECT_SPACE, SELECT_TENANT, SELECT_MODEL, SELECT_IDLE, SELECT_N };
 
 struct select {

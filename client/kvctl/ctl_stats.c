@@ -42,7 +42,8 @@ static int collect(void *ctx, const struct kvd_metric *from)
         all->room = room;
     }
     m = &all->m[all->n];
-    *m = (struct metric){strdup(from->name), strdup(from->help), strdup(from->unit), strdup(from->label), from->counter, from->value};
+    *m = (struct metric){strdup(from->name),  strdup(from->help), strdup(from->unit),
+                         strdup(from->label), from->counter,      from->value};
     if (!m->name || !m->help || !m->unit || !m->label) {
         free(m->name), free(m->help), free(m->unit), free(m->label);
         return 1;
@@ -114,10 +115,12 @@ static void print_prometheus(const struct metrics *all)
             const struct metric *x = &all->m[k];
             size_t its = histogram_base(all, x->name);
 
-            if (done[k] || (its ? its : strlen(x->name)) != n || (its != 0) != (base != 0) || strncmp(x->name, m->name, n) != 0)
+            if (done[k] || (its ? its : strlen(x->name)) != n || (its != 0) != (base != 0) ||
+                strncmp(x->name, m->name, n) != 0)
                 continue;
             done[k] = true;
-            printf("%s%s%s%s %" PRIu64 "\n", x->name, x->label[0] ? "{" : "", x->label, x->label[0] ? "}" : "", x->value);
+            printf("%s%s%s%s %" PRIu64 "\n", x->name, x->label[0] ? "{" : "", x->label, x->label[0] ? "}" : "",
+                   x->value);
         }
     }
     free(done);
@@ -233,7 +236,8 @@ int run_stats(struct ctl *ctl, const struct ctl_args *args)
 
     if (args->set[OPT_JSON] && args->set[OPT_PROMETHEUS])
         return ctl_usage("--json and --prometheus exclude each other");
-    if (args->set[OPT_WATCH] && args->value[OPT_WATCH][0] && (!text_parse_usec(args->value[OPT_WATCH], &usec) || usec < 10000))
+    if (args->set[OPT_WATCH] && args->value[OPT_WATCH][0] &&
+        (!text_parse_usec(args->value[OPT_WATCH], &usec) || usec < 10000))
         return ctl_usage("--watch=%s is no time of at least 10ms", args->value[OPT_WATCH]);
     r = ctl_attach(ctl, &session);
     while (r == EXIT_OK) {

@@ -12,25 +12,29 @@
 
 static const struct ctl_command commands[] = {
     {"stats", "", "counters and gauges of the daemon and its tenants", NULL, stats_opts, 0, 0, run_stats},
-    {"ls", "[blocks|spaces|workers|tenants]", "lists what is there (blocks, if nothing is said)", NULL, ls_opts, 0, 1, run_ls},
-    {"show", "KEY", "everything about one block", "KEY is a block's key in hex, or the beginning of it that no other has.",
-     show_opts, 1, 1, run_show},
+    {"ls", "[blocks|spaces|workers|tenants]", "lists what is there (blocks, if nothing is said)", NULL, ls_opts, 0, 1,
+     run_ls},
+    {"show", "KEY", "everything about one block",
+     "KEY is a block's key in hex, or the beginning of it that no other has.", show_opts, 1, 1, run_show},
     {"evict", "", "drops blocks, children before their parents",
      "At least one of the selecting options, or --all. Leased and pinned blocks stay.", evict_opts, 0, 0, run_evict},
     {"pin", "KEY", "keeps a block and those before it in its chain from being evicted", NULL, pin_opts, 1, 1, run_pin},
     {"unpin", "KEY", "takes a pin back", NULL, pin_opts, 1, 1, run_unpin},
-    {"verify", "", "reads every payload again and compares its checksum; bad ones are dropped", "Exit code 4 if any was bad.",
-     verify_opts, 0, 0, run_verify},
+    {"verify", "", "reads every payload again and compares its checksum; bad ones are dropped",
+     "Exit code 4 if any was bad.", verify_opts, 0, 0, run_verify},
     {"drain", "", "takes no new workers and no new blocks", NULL, drain_opts, 0, 0, run_drain},
-    {"config", "[NAME[=VALUE]]", "shows options in force, or sets a live one until the next restart", NULL, config_opts, 0, 1,
-     run_config},
+    {"config", "[NAME[=VALUE]]", "shows options in force, or sets a live one until the next restart", NULL, config_opts,
+     0, 1, run_config},
     {"ping", "", "round trips to the daemon", NULL, ping_opts, 0, 0, run_ping},
     {"doctor", "", "looks for what keeps a worker from using the daemon, and says what to do", NULL, doctor_opts, 0, 0,
      run_doctor},
     {"codec", "list | encode IN [V] OUT | decode IN OUT | error IN", "codecs by themselves: no daemon is needed",
-     "IN is a .npy file of fp16 or fp32, or raw numbers with --shape and --dtype: [tokens][heads][dim] or [tokens][dim].\n"
-     "encode writes, for each run of --block tokens and each head in it, side data, then codes. decode reads that and needs\n"
-     "--shape. error codes, decodes and compares. With --format uq-page, encode takes K and V and writes UltraQuant's page:\n"
+     "IN is a .npy file of fp16 or fp32, or raw numbers with --shape and --dtype: [tokens][heads][dim] or "
+     "[tokens][dim].\n"
+     "encode writes, for each run of --block tokens and each head in it, side data, then codes. decode reads that and "
+     "needs\n"
+     "--shape. error codes, decodes and compares. With --format uq-page, encode takes K and V and writes UltraQuant's "
+     "page:\n"
      "for each token and head K codes, K scales, V codes, V scales.",
      codec_opts, 1, 4, run_codec},
 };
@@ -133,8 +137,9 @@ static void print_help(void)
     printf("Usage: kvctl [--socket=PATH] COMMAND [OPTION…]\n\nLooks into a running kvd and steers it.\n\n");
     for (size_t i = 0; i < N_COMMANDS; i++)
         printf("  %-8s %s\n", commands[i].name, commands[i].summary);
-    printf("\nkvctl COMMAND --help tells a command's options. Exit codes: 0 done, 1 refused or not found, 2 wrong usage,\n"
-           "3 no daemon, 4 corrupt blocks were found.\n");
+    printf(
+        "\nkvctl COMMAND --help tells a command's options. Exit codes: 0 done, 1 refused or not found, 2 wrong usage,\n"
+        "3 no daemon, 4 corrupt blocks were found.\n");
 }
 
 /* ---- Parsing ---- */
@@ -151,7 +156,8 @@ static void build_tables(const struct ctl_opt *own, struct option *longs, char *
 {
     size_t n = 0, l = 0;
 
-    letters[l++] = '+'; /* names end the options before a command; after it, getopt's own reordering is not needed either */
+    letters[l++] =
+        '+'; /* names end the options before a command; after it, getopt's own reordering is not needed either */
     if (own)
         l = 0;
     for (int table = 0; table < 2; table++) {
@@ -182,7 +188,8 @@ static int by_letter(const struct ctl_opt *own, int letter)
     return -1;
 }
 
-/* Parses argv[1…] by a command's options (NULL: before the command) and the global ones. Returns -1 to go on, else an exit code. */
+/* Parses argv[1…] by a command's options (NULL: before the command) and the global ones. Returns -1 to go on, else
+ * an exit code. */
 static int parse(struct ctl *ctl, const struct ctl_command *c, int argc, char **argv, struct ctl_args *args)
 {
     struct option longs[CTL_OPTS_MAX + 8];

@@ -1,4 +1,5 @@
-/* kvctl: one table of commands, each with its options; parsing, --help, the manual page's synopsis and the completion come from it. */
+/* kvctl: one table of commands, each with its options; parsing, --help, the manual page's synopsis and the
+ * completion come from it. */
 #ifndef KVD_KVCTL_H
 #define KVD_KVCTL_H
 
@@ -14,8 +15,8 @@ enum { CTL_OPTS_MAX = 16 };
 
 struct ctl_opt {
     const char *name;
-    char letter;      /* 0: none */
-    const char *arg;  /* name of its argument; NULL: takes none; "[X]": may be given with = */
+    char letter;     /* 0: none */
+    const char *arg; /* name of its argument; NULL: takes none; "[X]": may be given with = */
     const char *help;
 };
 
@@ -30,9 +31,9 @@ struct ctl_args {
 
 struct ctl_command {
     const char *name;
-    const char *args;    /* synopsis of what follows the options */
+    const char *args; /* synopsis of what follows the options */
     const char *summary;
-    const char *detail;  /* may be NULL */
+    const char *detail;         /* may be NULL */
     const struct ctl_opt *opts; /* ends with a NULL name */
     int rest_min, rest_max;
     int (*run)(struct ctl *ctl, const struct ctl_args *args);

@@ -1,5 +1,5 @@
-/* NumPy's .npy files, versions 1 and 2: C order, little-endian, fp16, fp32, and two-byte records for bf16 (what ml_dtypes writes).
- * Format: numpy/lib/format.py. */
+/* NumPy's .npy files, versions 1 and 2: C order, little-endian, fp16, fp32, and two-byte records for bf16 (what
+ * ml_dtypes writes). Format: numpy/lib/format.py. */
 #ifndef KVD_NPY_H
 #define KVD_NPY_H
 
@@ -10,7 +10,7 @@
 enum { NPY_DIMS_MAX = 8 };
 
 struct npy {
-    char descr[16];  /* "<f2", "<f4", "|V2", "|u1", … */
+    char descr[16]; /* "<f2", "<f4", "|V2", "|u1", … */
     size_t shape[NPY_DIMS_MAX];
     int n_dims;
     size_t item_bytes;

@@ -1,16 +1,17 @@
 /* libkvd: use the host's prefix KV cache from an inference worker.
  *
- * A worker attaches to the daemon over its Unix socket, opens the space of its model, and then matches prefixes in memory
- * that it shares with the daemon: a match, a lease and a release make no system call and never wait. Matched blocks are
- * decoded into the worker's own memory (kvd_load); new blocks are handed over with kvd_publish.
+ * A worker attaches to the daemon over its Unix socket, opens the space of its model, and then matches prefixes in
+ * memory that it shares with the daemon: a match, a lease and a release make no system call and never wait. Matched
+ * blocks are decoded into the worker's own memory (kvd_load); new blocks are handed over with kvd_publish.
  *
  * Threads: a kvd and what was made from it may be used from any number of threads, except that one kvd_prefix or one
  * kvd_loading is used by one thread at a time where its calls do not say otherwise.
  * fork(): a child may read memory it had mapped, but its calls return KVD_E_FORKED; it attaches anew.
- * A daemon that dies or is restarted: memory under lease stays readable as it was; calls attach again by themselves (at most
- * once per reattach_msec) and until then a match finds nothing and a publish returns KVD_E_GONE.
- * A worker that the daemon cuts off while it lives (it misbehaved or hung) loses its leases: uses of them return KVD_E_STALE.
- * Errors: every int result is 0 or an enum kvd_error; kvd_message() tells the details of this thread's last error on it.
+ * A daemon that dies or is restarted: memory under lease stays readable as it was; calls attach again by themselves (at
+ * most once per reattach_msec) and until then a match finds nothing and a publish returns KVD_E_GONE.
+ * A worker that the daemon cuts off while it lives (it misbehaved or hung) loses its leases: uses of them return
+ * KVD_E_STALE.
+ * Errors: every int result is 0 or an enum kvd_error; kvd_message() tells the details of this thread's last error.
  *
  * C99 and C++. Formats: docs/codecs.md, docs/protocol.md, docs/shared-memory.md. */
 #ifndef KVD_H
@@ -66,7 +67,7 @@ typedef struct kvd_space kvd_space;     /* an open space */
 typedef struct kvd_prefix kvd_prefix;   /* keys of a token sequence, and leases on its cached part */
 typedef struct kvd_loading kvd_loading; /* a load in progress, layer by layer */
 
-/* ---- Attach ------------------------------------------------------------------------------------------------------ */
+/* ---- Attach ---------------------------------------------------------------------------------------------------- */
 
 struct kvd_options {
     size_t size;               /* sizeof(struct kvd_options), set by KVD_OPTIONS_INIT */
@@ -79,13 +80,15 @@ struct kvd_options {
 };
 #define KVD_OPTIONS_INIT {sizeof(struct kvd_options), NULL, NULL, 0, 0, 0, 0}
 
-/* Attaches; on success *ret is to be freed with kvd_detach(). options may be NULL. On failure a kvd_message(NULL) tells more. */
+/* Attaches; on success *ret is to be freed with kvd_detach(). options may be NULL. On failure a kvd_message(NULL)
+ * tells more. */
 int kvd_attach(const struct kvd_options *options, kvd **ret);
 
 /* Releases everything made from it (prefixes, spaces), unmaps, closes. NULL is allowed. Returns NULL. */
 kvd *kvd_detach(kvd *session);
 
-/* Details of the calling thread's last error on session (or of kvd_attach with NULL). Never NULL; valid until this thread's next call. */
+/* Details of the calling thread's last error on session (or of kvd_attach with NULL). Never NULL; valid until this
+ * thread's next call. */
 const char *kvd_message(const kvd *session);
 
 struct kvd_info {
@@ -103,7 +106,7 @@ int kvd_get_info(kvd *session, struct kvd_info *info);
 /* A round trip to the daemon. */
 int kvd_ping(kvd *session);
 
-/* ---- Spaces ------------------------------------------------------------------------------------------------------ */
+/* ---- Spaces ---------------------------------------------------------------------------------------------------- */
 
 enum kvd_dtype { KVD_F16 = 0, KVD_BF16 = 1, KVD_F32 = 2 };
 
@@ -123,7 +126,7 @@ struct kvd_group {
 struct kvd_space_desc {
     size_t size;                 /* sizeof(struct kvd_space_desc), set by KVD_SPACE_INIT */
     const char *model;           /* required, 1 to 255 bytes */
-    const char *revision;        /* "" if there is none; a wrong revision is a wrong answer: use a digest of the weights */
+    const char *revision;        /* "" if there is none. Wrong revision, wrong answers: use a digest of the weights */
     const char *rope;            /* what changes K for equal tokens: base, scaling, … */
     const char *shard;           /* TP/PP rank or "" */
     enum kvd_dtype dtype;        /* that K and V are computed in; raw codecs keep it */
@@ -146,47 +149,49 @@ const uint8_t *kvd_space_fingerprint(const kvd_space *space);
 /* Encoded bytes of one block of a group. */
 uint64_t kvd_space_block_bytes(const kvd_space *space, uint32_t group, int first);
 
-/* ---- Match and lease: no system call, no lock, no waiting ---------------------------------------------------------- */
+/* ---- Match and lease: no system call, no lock, no waiting ------------------------------------------------------ */
 
-/* A reusable object for sequences of up to max_blocks blocks (keys and leases are stored in it: allocate once, match often). */
+/* A reusable object for sequences of up to max_blocks blocks (keys and leases are stored in it: allocate once, match
+ * often). */
 int kvd_prefix_create(kvd_space *space, size_t max_blocks, kvd_prefix **ret);
 /* Releases its leases and frees it. NULL is allowed. Returns NULL. */
 kvd_prefix *kvd_prefix_destroy(kvd_prefix *prefix);
 
-/* What else the content of a block depends on (LoRA name, image digest, salt): part of the key of the block `block` of the
- * sequence. An array, ascending by block; at most one for a block; at most 4096 bytes. */
+/* What else the content of a block depends on (LoRA name, image digest, salt): part of the key of the block `block`
+ * of the sequence. An array, ascending by block; at most one for a block; at most 4096 bytes. */
 struct kvd_extra {
     size_t block;
     const void *data;
     size_t n;
 };
 
-/* Finds the longest prefix of tokens[n_tokens] whose blocks every layer group has what it needs of, and leases it: until
- * kvd_release() (or the next match with the same object) its memory is neither moved nor reused. Full groups hold all its blocks,
- * sliding groups the last ceil(window / block). Only whole blocks match; ret_tokens (may be NULL) is a multiple of block_tokens.
- * Never an error for a miss: then *ret_tokens is 0. Errors: KVD_E_ARG, KVD_E_TOKEN, KVD_E_LIMIT (sequence longer than max_blocks:
- * nothing is matched), KVD_E_FORKED. When leases run out the match is shorter. */
-int kvd_match(kvd_prefix *prefix, const uint32_t *tokens, size_t n_tokens, const struct kvd_extra *extras, size_t n_extras,
-              size_t *ret_tokens);
+/* Finds the longest prefix of tokens[n_tokens] whose blocks every layer group has what it needs of, and leases it:
+ * until kvd_release() (or the next match with the same object) its memory is neither moved nor reused. Full groups
+ * hold all its blocks, sliding groups the last ceil(window / block). Only whole blocks match; ret_tokens (may be
+ * NULL) is a multiple of block_tokens. Never an error for a miss: then *ret_tokens is 0. Errors: KVD_E_ARG,
+ * KVD_E_TOKEN, KVD_E_LIMIT (sequence longer than max_blocks: nothing is matched), KVD_E_FORKED. When leases run out
+ * the match is shorter. */
+int kvd_match(kvd_prefix *prefix, const uint32_t *tokens, size_t n_tokens, const struct kvd_extra *extras,
+              size_t n_extras, size_t *ret_tokens);
 /* The same for n digests of digest_bytes each, contiguous. */
 int kvd_match_digests(kvd_prefix *prefix, const uint8_t *digests, size_t n, size_t *ret_blocks);
 
 /* Drops the leases; keys stay. */
 void kvd_release(kvd_prefix *prefix);
 
-/* Shortens the lease to the first n_blocks blocks that were matched (an engine that must recompute some tokens). Returns the
- * longest n <= n_blocks at which every group has what it needs, which is what is kept. */
+/* Shortens the lease to the first n_blocks blocks that were matched (an engine that must recompute some tokens).
+ * Returns the longest n <= n_blocks at which every group has what it needs, which is what is kept. */
 size_t kvd_prefix_trim(kvd_prefix *prefix, size_t n_blocks);
 
 size_t kvd_prefix_blocks(const kvd_prefix *prefix);  /* matched and leased */
 /* Key of block i of the sequence, computed when needed. NULL if i is no whole block of it. */
 const uint8_t *kvd_prefix_key(kvd_prefix *prefix, size_t i);
 
-/* A leased block's encoded bytes, read-only, valid while leased. The first use of memory that this process has not mapped yet is a
- * round trip to the daemon; so is one use of each piece after the daemon has given memory back to the system.
- * Errors: KVD_E_NOT_FOUND (not leased: outside of a sliding window, or not matched), KVD_E_STALE (the lease is lost), KVD_E_CORRUPT
- * (the index contradicts the space), and, if memory is to be mapped, KVD_E_GONE, KVD_E_TIMEOUT, KVD_E_NOMEM.
- * Layout of the bytes: docs/codecs.md. */
+/* A leased block's encoded bytes, read-only, valid while leased. The first use of memory that this process has not
+ * mapped yet is a round trip to the daemon; so is one use of each piece after the daemon has given memory back to
+ * the system. Errors: KVD_E_NOT_FOUND (not leased: outside of a sliding window, or not matched), KVD_E_STALE (the
+ * lease is lost), KVD_E_CORRUPT (the index contradicts the space), and, if memory is to be mapped, KVD_E_GONE,
+ * KVD_E_TIMEOUT, KVD_E_NOMEM. Layout of the bytes: docs/codecs.md. */
 struct kvd_block {
     const void *payload;
     size_t bytes;
@@ -195,11 +200,11 @@ struct kvd_block {
 };
 int kvd_prefix_block(const kvd_prefix *prefix, size_t i, uint32_t group, struct kvd_block *ret);
 
-/* ---- Load: decode leased blocks into the worker's own memory ------------------------------------------------------- */
+/* ---- Load: decode leased blocks into the worker's own memory --------------------------------------------------- */
 
-/* Where K and V of one layer are, for the tokens of the call's range: element (token t, head h, channel c) of K is at
- * k + t * k_token_stride + h * k_head_stride + c * sizeof(dtype); t counts from the range's first token. Strides in bytes.
- * v is ignored where dim_v is 0. k == NULL: leave this layer out (load only). */
+/* Where K and V of one layer are, for the tokens of the call's range: element (token t, head h, channel c) of K is
+ * at k + t * k_token_stride + h * k_head_stride + c * sizeof(dtype); t counts from the range's first token. Strides
+ * in bytes. v is ignored where dim_v is 0. k == NULL: leave this layer out (load only). */
 struct kvd_kv {
     void *k;
     void *v;
@@ -211,72 +216,83 @@ enum kvd_load_flag {
     KVD_LOAD_VERIFY = 1 /* check the CRC of each block before it is decoded; a bad block gives KVD_E_CORRUPT */
 };
 
-/* Decodes blocks [first_block, first_block + n_blocks) of a matched prefix; layers: one struct a layer of the space. Blocks that a
- * sliding group does not hold are skipped: its layers get only what is leased (ask kvd_prefix_block). Runs on the calling thread.
- * dtype: of the destination, any. Maps memory as kvd_prefix_block() does. On an error what was written means nothing.
- * Errors: KVD_E_ARG, KVD_E_STALE (not leased, or no more), KVD_E_CORRUPT, those of kvd_prefix_block(). */
+/* Decodes blocks [first_block, first_block + n_blocks) of a matched prefix; layers: one struct a layer of the space.
+ * Blocks that a sliding group does not hold are skipped: its layers get only what is leased (ask kvd_prefix_block).
+ * Runs on the calling thread. dtype: of the destination, any. Maps memory as kvd_prefix_block() does. On an error
+ * what was written means nothing. Errors: KVD_E_ARG, KVD_E_STALE (not leased, or no more), KVD_E_CORRUPT, those of
+ * kvd_prefix_block(). */
 int kvd_load(kvd_prefix *prefix, size_t first_block, size_t n_blocks, enum kvd_dtype dtype, const struct kvd_kv *layers,
              uint32_t flags);
 
-/* The same layer by layer, so that compute overlaps: begin once, then any number of threads call kvd_load_work(), each call
- * decodes one more layer and marks it complete; other threads await the layers they need. The prefix must stay leased. */
+/* The same layer by layer, so that compute overlaps: begin once, then any number of threads call kvd_load_work(),
+ * each call decodes one more layer and marks it complete; other threads await the layers they need. The prefix must
+ * stay leased. */
 int kvd_load_begin(kvd_prefix *prefix, size_t first_block, size_t n_blocks, enum kvd_dtype dtype,
                    const struct kvd_kv *layers, uint32_t flags, kvd_loading **ret);
-/* Decodes the next layer. Returns KVD_OK, or KVD_E_NOT_FOUND when every layer has been taken, or the error of this layer. */
+/* Decodes the next layer. Returns KVD_OK, or KVD_E_NOT_FOUND when every layer has been taken, or the error of this
+ * layer. */
 int kvd_load_work(kvd_loading *loading);
-/* Waits until layer is complete (spins, then sleeps). timeout_msec < 0: for ever. KVD_OK, the layer's error, or KVD_E_TIMEOUT. */
+/* Waits until layer is complete (spins, then sleeps). timeout_msec < 0: for ever. KVD_OK, the layer's error, or
+ * KVD_E_TIMEOUT. */
 int kvd_load_wait(kvd_loading *loading, uint32_t layer, int timeout_msec);
 /* True when layer is complete; no waiting. */
 int kvd_load_done(const kvd_loading *loading, uint32_t layer);
 kvd_loading *kvd_load_end(kvd_loading *loading);
 
-/* ---- Publish ------------------------------------------------------------------------------------------------------- */
+/* ---- Publish --------------------------------------------------------------------------------------------------- */
 
 enum kvd_publish_status { KVD_PUBLISHED = 0, KVD_PRESENT = 1, KVD_FAILED = 2 };
 
-/* Hands over K and V of blocks [first_block, first_block + n_blocks) of the sequence that prefix was last matched with (tokens
- * and extras as given to kvd_match; they are remembered by their keys and, for the daemon to check, tokens are passed again:
- * all of the sequence). tokens may go on after the end of what was matched, up to max_blocks: what a model has generated.
- * layers: as for load, for the range's tokens, in dtype. groups: bit g = group g (a sliding group's early blocks may be left
- * out); 0: all. The call copies into staging, waits for the daemon, and fills ret_status[n_blocks] (may be NULL; a block's status is
- * the worst of its groups). Returns KVD_OK if no block failed, else the first failure's error. Blocks until done; never holds up a
- * match in another thread. A block that is there already is neither copied nor sent.
- * Errors: KVD_E_ARG, KVD_E_TOKEN (others than were matched, or too few), KVD_E_LIMIT, KVD_E_GONE, KVD_E_TIMEOUT, KVD_E_NOMEM, and what the
- * daemon finds: KVD_E_PARENT, KVD_E_VALUE, KVD_E_QUOTA, KVD_E_FULL, KVD_E_DRAINING. */
+/* Hands over K and V of blocks [first_block, first_block + n_blocks) of the sequence that prefix was last matched
+ * with (tokens and extras as given to kvd_match; they are remembered by their keys and, for the daemon to check,
+ * tokens are passed again: all of the sequence). tokens may go on after the end of what was matched, up to
+ * max_blocks: what a model has generated. layers: as for load, for the range's tokens, in dtype. groups: bit g =
+ * group g (a sliding group's early blocks may be left out); 0: all. The call copies into staging, waits for the
+ * daemon, and fills ret_status[n_blocks] (may be NULL; a block's status is the worst of its groups). Returns KVD_OK
+ * if no block failed, else the first failure's error. Blocks until done; never holds up a match in another thread. A
+ * block that is there already is neither copied nor sent.
+ * Errors: KVD_E_ARG, KVD_E_TOKEN (others than were matched, or too few), KVD_E_LIMIT, KVD_E_GONE, KVD_E_TIMEOUT,
+ * KVD_E_NOMEM, and what the daemon finds: KVD_E_PARENT, KVD_E_VALUE, KVD_E_QUOTA, KVD_E_FULL, KVD_E_DRAINING. */
 int kvd_publish(kvd_prefix *prefix, const uint32_t *tokens, size_t n_tokens, size_t first_block, size_t n_blocks,
-                uint32_t groups, enum kvd_dtype dtype, const struct kvd_kv *layers, enum kvd_publish_status *ret_status);
+                uint32_t groups, enum kvd_dtype dtype, const struct kvd_kv *layers,
+                enum kvd_publish_status *ret_status);
 
-/* ---- Flights: no prefix computed twice at once ----------------------------------------------------------------------- */
+/* ---- Flights: no prefix computed twice at once ----------------------------------------------------------------- */
 
 enum kvd_flight { KVD_FLIGHT_GRANTED = 0, KVD_FLIGHT_BUSY = 1, KVD_FLIGHT_LANDED = 2 };
 
-/* Says that this worker is about to compute blocks [first_block, first_block + n) of the prefix's sequence. ret_state[n]: granted
- * (compute it: publishing ends the flight), busy (another worker is on it: wait, or compute all the same), landed (match again). */
+/* Says that this worker is about to compute blocks [first_block, first_block + n) of the prefix's sequence.
+ * ret_state[n]: granted (compute it: publishing ends the flight), busy (another worker is on it: wait, or compute
+ * all the same), landed (match again). */
 int kvd_flight_begin(kvd_prefix *prefix, size_t first_block, size_t n, enum kvd_flight *ret_state);
 /* Waits until the block has landed (KVD_OK), was given up (KVD_E_NOT_FOUND), or the time is over (KVD_E_TIMEOUT). */
 int kvd_flight_wait(kvd_prefix *prefix, size_t block, uint32_t timeout_msec);
 /* Gives up flights that were granted and not published. */
 int kvd_flight_end(kvd_prefix *prefix, size_t first_block, size_t n);
 
-/* ---- Codecs, by themselves (what kvctl codec uses) -------------------------------------------------------------------- */
+/* ---- Codecs, by themselves (what kvctl codec uses) ------------------------------------------------------------- */
 
-/* Names of all codecs, NULL-terminated, constant. "raw" is fp16 here; in a space it keeps the space's dtype. These calls need no
- * session; their details are in kvd_message(NULL). */
+/* Names of all codecs, NULL-terminated, constant. "raw" is fp16 here; in a space it keeps the space's dtype. These
+ * calls need no session; their details are in kvd_message(NULL). */
 const char *const *kvd_codec_names(void);
 /* One sentence about a codec specification's codec; NULL if unknown. */
 const char *kvd_codec_help(const char *spec);
-/* Bytes of n_tokens vectors of dim numbers of one head. Errors: KVD_E_LAYOUT with a reason in ret_reason (may be NULL). */
-int kvd_codec_bytes(const char *spec, int is_v, size_t n_tokens, size_t dim, size_t *ret_bytes, const char **ret_reason);
-/* src, dst: [n_tokens][dim] row-major; code: kvd_codec_bytes() long: side data, then codes. Errors: KVD_E_LAYOUT, KVD_E_VALUE, KVD_E_NOMEM. */
+/* Bytes of n_tokens vectors of dim numbers of one head. Errors: KVD_E_LAYOUT with a reason in ret_reason (may be
+ * NULL). */
+int kvd_codec_bytes(const char *spec, int is_v, size_t n_tokens, size_t dim, size_t *ret_bytes,
+                    const char **ret_reason);
+/* src, dst: [n_tokens][dim] row-major; code: kvd_codec_bytes() long: side data, then codes. Errors: KVD_E_LAYOUT,
+ * KVD_E_VALUE, KVD_E_NOMEM. */
 int kvd_codec_encode(const char *spec, int is_v, enum kvd_dtype dtype, const void *src, size_t n_tokens, size_t dim,
                      void *code);
 int kvd_codec_decode(const char *spec, int is_v, const void *code, size_t n_tokens, size_t dim, enum kvd_dtype dtype,
                      void *dst);
-/* UltraQuant slot bytes (vLLM's ultraquant_4bit): for each token K codes | K scales | V codes | V scales, 2 * (dim/2 + dim/32) bytes. */
+/* UltraQuant slot bytes (vLLM's ultraquant_4bit): for each token K codes | K scales | V codes | V scales, 2 * (dim/2
+ * + dim/32) bytes. */
 int kvd_codec_uq_page(const char *spec_k, const char *spec_v, enum kvd_dtype dtype, const void *k, const void *v,
                       size_t n_tokens, size_t dim, void *page);
 
-/* ---- Admin (peers that the configuration allows) ------------------------------------------------------------------------ */
+/* ---- Admin (peers that the configuration allows) --------------------------------------------------------------- */
 
 struct kvd_selector {
     const char *tenant;    /* NULL or "": any */
@@ -329,16 +345,22 @@ struct kvd_verify_result {
     uint8_t bad[64][KVD_KEY_BYTES];
 };
 
-/* Each list call gives one item after another to each(), whose strings live until it returns; a non-zero result of each() stops. */
+/* Each list call gives one item after another to each(), whose strings live until it returns; a non-zero result of
+ * each() stops. */
 int kvd_admin_stats(kvd *session, int (*each)(void *ctx, const struct kvd_metric *), void *ctx);
-int kvd_admin_blocks(kvd *session, const struct kvd_selector *, int (*each)(void *ctx, const struct kvd_block_info *), void *ctx);
-int kvd_admin_spaces(kvd *session, const struct kvd_selector *, int (*each)(void *ctx, const struct kvd_space_info *), void *ctx);
+int kvd_admin_blocks(kvd *session, const struct kvd_selector *selector,
+                     int (*each)(void *ctx, const struct kvd_block_info *), void *ctx);
+int kvd_admin_spaces(kvd *session, const struct kvd_selector *selector,
+                     int (*each)(void *ctx, const struct kvd_space_info *), void *ctx);
 int kvd_admin_workers(kvd *session, int (*each)(void *ctx, const struct kvd_worker_info *), void *ctx);
 int kvd_admin_tenants(kvd *session, int (*each)(void *ctx, const struct kvd_tenant_info *), void *ctx);
-int kvd_admin_show(kvd *session, const struct kvd_selector *, int (*each)(void *ctx, const struct kvd_block_info *), void *ctx);
-int kvd_admin_evict(kvd *session, const struct kvd_selector *, uint64_t max_bytes, int dry_run, struct kvd_evict_result *ret);
-int kvd_admin_pin(kvd *session, const struct kvd_selector *, int unpin, uint64_t *ret_blocks, uint64_t *ret_bytes);
-int kvd_admin_verify(kvd *session, const struct kvd_selector *, struct kvd_verify_result *ret);
+int kvd_admin_show(kvd *session, const struct kvd_selector *selector,
+                   int (*each)(void *ctx, const struct kvd_block_info *), void *ctx);
+int kvd_admin_evict(kvd *session, const struct kvd_selector *selector, uint64_t max_bytes, int dry_run,
+                    struct kvd_evict_result *ret);
+int kvd_admin_pin(kvd *session, const struct kvd_selector *selector, int unpin, uint64_t *ret_blocks,
+                  uint64_t *ret_bytes);
+int kvd_admin_verify(kvd *session, const struct kvd_selector *selector, struct kvd_verify_result *ret);
 int kvd_admin_drain(kvd *session, int undo);
 int kvd_admin_config(kvd *session, const char *name, const char *value,
                      int (*each)(void *ctx, const struct kvd_option_info *), void *ctx);

@@ -6,7 +6,8 @@
 #include "proto/kvd.pb-c.h"
 
 #define PAGE_ITEMS 256u
-/* Verifying reads every selected byte, evicting may walk a large index: they may take longer than a session's timeout. */
+/* Verifying reads every selected byte, evicting may walk a large index: they may take longer than a session's
+ * timeout. */
 #define LONG_MSEC 600000u
 
 static int check_session(const struct kvd *s)
@@ -16,7 +17,8 @@ static int check_session(const struct kvd *s)
     return session_forked(s) ? session_error_forked(s) : 0;
 }
 
-/* Packs m, asks, and unpacks the answer, which the caller frees with protobuf_c_message_free_unpacked(). answer NULL: none is expected. */
+/* Packs m, asks, and unpacks the answer, which the caller frees with protobuf_c_message_free_unpacked(). answer
+ * NULL: none is expected. */
 static int ask(struct kvd *s, uint16_t type, const ProtobufCMessage *m, const ProtobufCMessageDescriptor *answer,
                uint32_t timeout_msec, void *ret)
 {
@@ -231,14 +233,14 @@ static int list(struct kvd *s, const char *what, const struct kvd_selector *sele
     return KVD_OK;
 }
 
-int kvd_admin_blocks(kvd *session, const struct kvd_selector *selector, int (*each)(void *ctx, const struct kvd_block_info *),
-                     void *ctx)
+int kvd_admin_blocks(kvd *session, const struct kvd_selector *selector,
+                     int (*each)(void *ctx, const struct kvd_block_info *), void *ctx)
 {
     return list(session, "blocks", selector, &(struct each){.block = each, .ctx = ctx});
 }
 
-int kvd_admin_spaces(kvd *session, const struct kvd_selector *selector, int (*each)(void *ctx, const struct kvd_space_info *),
-                     void *ctx)
+int kvd_admin_spaces(kvd *session, const struct kvd_selector *selector,
+                     int (*each)(void *ctx, const struct kvd_space_info *), void *ctx)
 {
     return list(session, "spaces", selector, &(struct each){.space = each, .ctx = ctx});
 }
@@ -255,8 +257,8 @@ int kvd_admin_tenants(kvd *session, int (*each)(void *ctx, const struct kvd_tena
 
 /* ---- Single requests ---- */
 
-int kvd_admin_show(kvd *session, const struct kvd_selector *selector, int (*each)(void *ctx, const struct kvd_block_info *),
-                   void *ctx)
+int kvd_admin_show(kvd *session, const struct kvd_selector *selector,
+                   int (*each)(void *ctx, const struct kvd_block_info *), void *ctx)
 {
     Kvd__V1__Show m = KVD__V1__SHOW__INIT;
     Kvd__V1__Selector sel;
@@ -297,7 +299,8 @@ int kvd_admin_evict(kvd *session, const struct kvd_selector *selector, uint64_t 
     return KVD_OK;
 }
 
-int kvd_admin_pin(kvd *session, const struct kvd_selector *selector, int unpin, uint64_t *ret_blocks, uint64_t *ret_bytes)
+int kvd_admin_pin(kvd *session, const struct kvd_selector *selector, int unpin, uint64_t *ret_blocks,
+                  uint64_t *ret_bytes)
 {
     Kvd__V1__Pin m = KVD__V1__PIN__INIT;
     Kvd__V1__Selector sel;
@@ -350,8 +353,8 @@ int kvd_admin_drain(kvd *session, int undo)
     return r != 0 ? r : ask(session, FRAME_DRAIN, &m.base, NULL, session->timeout_msec, NULL);
 }
 
-int kvd_admin_config(kvd *session, const char *name, const char *value, int (*each)(void *ctx, const struct kvd_option_info *),
-                     void *ctx)
+int kvd_admin_config(kvd *session, const char *name, const char *value,
+                     int (*each)(void *ctx, const struct kvd_option_info *), void *ctx)
 {
     Kvd__V1__Config m = KVD__V1__CONFIG__INIT;
     Kvd__V1__ConfigReply *a;
@@ -365,7 +368,8 @@ int kvd_admin_config(kvd *session, const char *name, const char *value, int (*ea
         return r;
     for (size_t i = 0; each && i < a->n_option && !stop; i++) {
         const Kvd__V1__Option *x = a->option[i];
-        struct kvd_option_info option = {x->name, x->value, x->unit, x->minimum, x->maximum, x->default_value, x->help, x->live};
+        struct kvd_option_info option = {x->name,    x->value,         x->unit, x->minimum,
+                                         x->maximum, x->default_value, x->help, x->live};
 
         stop = each(ctx, &option);
     }

@@ -43,7 +43,8 @@ static enum codec_role role_of(int is_v)
 }
 
 /* Parses and checks. ret_reason is set on failure. */
-static int prepare(const char *spec, int is_v, size_t n_tokens, size_t dim, struct codec_spec *ret, const char **ret_reason)
+static int prepare(const char *spec, int is_v, size_t n_tokens, size_t dim, struct codec_spec *ret,
+                   const char **ret_reason)
 {
     *ret_reason = "no codec is named";
     if (!spec || codec_spec_parse(spec, role_of(is_v), ret, ret_reason) < 0)
@@ -73,7 +74,8 @@ int kvd_codec_bytes(const char *spec, int is_v, size_t n_tokens, size_t dim, siz
             *ret_reason = reason;
         return error_set(0, r, "%s: %s", spec ? spec : "", reason);
     }
-    *ret_bytes = codec_side_bytes(&s, (uint32_t)n_tokens, (uint32_t)dim) + codec_code_bytes(&s, (uint32_t)n_tokens, (uint32_t)dim);
+    *ret_bytes = codec_side_bytes(&s, (uint32_t)n_tokens, (uint32_t)dim) +
+                 codec_code_bytes(&s, (uint32_t)n_tokens, (uint32_t)dim);
     return KVD_OK;
 }
 
@@ -82,7 +84,8 @@ static const char *fault_name(enum codec_fault_kind kind)
     return kind == CODEC_FAULT_NAN ? "is NaN" : kind == CODEC_FAULT_INF ? "is infinite" : "is out of the codec's range";
 }
 
-int kvd_codec_encode(const char *spec, int is_v, enum kvd_dtype dtype, const void *src, size_t n_tokens, size_t dim, void *code)
+int kvd_codec_encode(const char *spec, int is_v, enum kvd_dtype dtype, const void *src, size_t n_tokens, size_t dim,
+                     void *code)
 {
     enum codec_dtype type = dtype_of(dtype);
     size_t stride = dim * codec_dtype_bytes(type);
@@ -92,7 +95,8 @@ int kvd_codec_encode(const char *spec, int is_v, enum kvd_dtype dtype, const voi
     int r = prepare(spec, is_v, n_tokens, dim, &s, &reason);
 
     if (r != 0 || !stride)
-        return error_set(0, KVD_E_LAYOUT, "%s: %s", spec ? spec : "", r != 0 ? reason : "dtype is none of enum kvd_dtype");
+        return error_set(0, KVD_E_LAYOUT, "%s: %s", spec ? spec : "",
+                         r != 0 ? reason : "dtype is none of enum kvd_dtype");
     r = codec_encode(best_ops(), &s, NULL, type, src, stride, (uint32_t)n_tokens, (uint32_t)dim, code,
                      (uint8_t *)code + codec_side_bytes(&s, (uint32_t)n_tokens, (uint32_t)dim));
     if (r == -EDOM) {
@@ -103,7 +107,8 @@ int kvd_codec_encode(const char *spec, int is_v, enum kvd_dtype dtype, const voi
     return r == 0 ? KVD_OK : error_set(0, KVD_E_LAYOUT, "%s: the shape cannot be coded", spec);
 }
 
-int kvd_codec_decode(const char *spec, int is_v, const void *code, size_t n_tokens, size_t dim, enum kvd_dtype dtype, void *dst)
+int kvd_codec_decode(const char *spec, int is_v, const void *code, size_t n_tokens, size_t dim, enum kvd_dtype dtype,
+                     void *dst)
 {
     enum codec_dtype type = dtype_of(dtype);
     size_t stride = dim * codec_dtype_bytes(type);
@@ -112,14 +117,16 @@ int kvd_codec_decode(const char *spec, int is_v, const void *code, size_t n_toke
     int r = prepare(spec, is_v, n_tokens, dim, &s, &reason);
 
     if (r != 0 || !stride)
-        return error_set(0, KVD_E_LAYOUT, "%s: %s", spec ? spec : "", r != 0 ? reason : "dtype is none of enum kvd_dtype");
-    r = codec_decode(best_ops(), &s, NULL, code, (const uint8_t *)code + codec_side_bytes(&s, (uint32_t)n_tokens, (uint32_t)dim),
+        return error_set(0, KVD_E_LAYOUT, "%s: %s", spec ? spec : "",
+                         r != 0 ? reason : "dtype is none of enum kvd_dtype");
+    r = codec_decode(best_ops(), &s, NULL, code,
+                     (const uint8_t *)code + codec_side_bytes(&s, (uint32_t)n_tokens, (uint32_t)dim),
                      (uint32_t)n_tokens, (uint32_t)dim, 0, (uint32_t)n_tokens, type, dst, stride);
     return r == 0 ? KVD_OK : error_set(0, KVD_E_LAYOUT, "%s: the shape cannot be decoded", spec);
 }
 
-int kvd_codec_uq_page(const char *spec_k, const char *spec_v, enum kvd_dtype dtype, const void *k, const void *v, size_t n_tokens,
-                      size_t dim, void *page)
+int kvd_codec_uq_page(const char *spec_k, const char *spec_v, enum kvd_dtype dtype, const void *k, const void *v,
+                      size_t n_tokens, size_t dim, void *page)
 {
     enum codec_dtype type = dtype_of(dtype);
     size_t stride = dim * codec_dtype_bytes(type), slot;

@@ -1,7 +1,7 @@
 /* Errors of libkvd: the code goes back as the call's result, the details wait for kvd_message().
  *
- * Details are the only state outside of a session: a few lines of thread-local text, tagged with the session's cookie, so that a
- * thread that uses several sessions can still ask each. Includes: kvd.h. */
+ * Details are the only state outside of a session: a few lines of thread-local text, tagged with the session's
+ * cookie, so that a thread that uses several sessions can still ask each. Includes: kvd.h. */
 #ifndef KVD_ERROR_H
 #define KVD_ERROR_H
 
@@ -19,7 +19,8 @@ const char *error_get(uint64_t cookie);
 #define ERROR_BYTES 320
 void error_keep(uint64_t cookie, char ret_text[ERROR_BYTES]);
 
-/* Copies the calling thread's note from one cookie to another (a session that could not be attached has no owner to ask). */
+/* Copies the calling thread's note from one cookie to another (a session that could not be attached has no owner to
+ * ask). */
 void error_move(uint64_t from, uint64_t to);
 
 #endif

@@ -13,7 +13,8 @@ static int check_range(struct kvd_prefix *p, size_t first, size_t n)
     if (session_forked(p->space->session))
         return session_error_forked(p->space->session);
     if (n > p->n_seq || first > p->n_seq - n)
-        return error_set(p->space->session->cookie, KVD_E_ARG, "blocks %zu to %zu of a sequence of %zu", first, first + n, p->n_seq);
+        return error_set(p->space->session->cookie, KVD_E_ARG, "blocks %zu to %zu of a sequence of %zu", first,
+                         first + n, p->n_seq);
     return prefix_key_to(p, first + n);
 }
 
@@ -65,7 +66,8 @@ static int some_flights(struct kvd_prefix *p, struct life *life, uint16_t id, si
     if (!body)
         return error_set(life->cookie, KVD_E_NOMEM, "no memory for %zu keys", n);
     kvd__v1__flight_begin__pack(&m, body);
-    r = mux_request(&life->mux, begin ? FRAME_FLIGHT_BEGIN : FRAME_FLIGHT_END, body, n_body, NULL, 0, life->timeout_msec, &reply);
+    r = mux_request(&life->mux, begin ? FRAME_FLIGHT_BEGIN : FRAME_FLIGHT_END, body, n_body, NULL, 0,
+                    life->timeout_msec, &reply);
     free(body);
     if (r != 0 || !begin) {
         mux_reply_clear(&reply);
@@ -98,7 +100,8 @@ static int all_flights(struct kvd_prefix *p, size_t first, size_t n, bool begin,
     if (r != 0)
         return r;
     for (size_t at = 0; at < n && r == 0; at += KEYS_MAX)
-        r = some_flights(p, life, id, first + at, n - at < KEYS_MAX ? n - at : KEYS_MAX, begin, ret_state ? ret_state + at : NULL);
+        r = some_flights(p, life, id, first + at, n - at < KEYS_MAX ? n - at : KEYS_MAX, begin,
+                         ret_state ? ret_state + at : NULL);
     life_unref(life);
     return r;
 }
@@ -133,7 +136,8 @@ int kvd_flight_wait(kvd_prefix *p, size_t block, uint32_t timeout_msec)
     fill_keys(p, block, 1, &m.key);
     /* The daemon keeps the time; ours is for a daemon that does not. */
     patience = timeout_msec > UINT32_MAX - life->timeout_msec ? UINT32_MAX : timeout_msec + life->timeout_msec;
-    r = mux_request(&life->mux, FRAME_FLIGHT_WAIT, body, kvd__v1__flight_wait__pack(&m, body), NULL, 0, patience, &reply);
+    r = mux_request(&life->mux, FRAME_FLIGHT_WAIT, body, kvd__v1__flight_wait__pack(&m, body), NULL, 0, patience,
+                    &reply);
     if (r == 0) {
         a = kvd__v1__flight_wait_reply__unpack(NULL, reply.n, reply.body);
         if (!a)

@@ -38,7 +38,7 @@ struct kvd {
     uint32_t reattach_msec;
     bool admin_only;
 
-    _Atomic(struct life *) life;    /* the current one; only replaced by attach_lock */
+    _Atomic(struct life *) life; /* the current one; only replaced by attach_lock */
     pthread_mutex_t attach_lock;
     struct life *lives;             /* by attach_lock: all there were */
     uint32_t last_serial;           /* by attach_lock */
@@ -60,7 +60,7 @@ struct space_group {
     uint32_t window_tokens;
     uint32_t window_blocks; /* ceil(window / block); 0 for full attention */
     struct payload_layout *plain, *first;
-    uint64_t raw_elements;  /* numbers of K and V in one block */
+    uint64_t raw_elements; /* numbers of K and V in one block */
     uint32_t n_layers;
 };
 
@@ -122,8 +122,9 @@ static inline bool session_forked(const struct kvd *session)
 }
 int session_error_forked(const struct kvd *session);
 
-/* A reference to the current life if it is alive. wait: attach again now if it is dead (a blocking call; KVD_E_GONE while the time
- * between tries is not over); else only when no other thread does and the time has come. On success the caller owes life_unref(). */
+/* A reference to the current life if it is alive. wait: attach again now if it is dead (a blocking call; KVD_E_GONE
+ * while the time between tries is not over); else only when no other thread does and the time has come. On success
+ * the caller owes life_unref(). */
 int session_life(struct kvd *session, bool wait, struct life **ret_life);
 
 /* The time has come for another try of what failed (attaching, opening a space in a new life); takes the turn. */

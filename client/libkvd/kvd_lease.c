@@ -60,6 +60,6 @@ void lease_give(struct lease_stack *stack, const uint32_t *words, size_t n)
         atomic_store_explicit(&stack->next[words[i]], words[i + 1] + 1, memory_order_relaxed);
     do
         atomic_store_explicit(&stack->next[words[n - 1]], (uint32_t)head, memory_order_relaxed);
-    while (!atomic_compare_exchange_weak_explicit(&stack->head, &head, successor(head, words[0] + 1), memory_order_release,
-                                                  memory_order_relaxed));
+    while (!atomic_compare_exchange_weak_explicit(&stack->head, &head, successor(head, words[0] + 1),
+                                                  memory_order_release, memory_order_relaxed));
 }

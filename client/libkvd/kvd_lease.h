@@ -2,9 +2,9 @@
  *
  *   head  | 32 bits: changes | 32 bits: first free word + 1, 0 = none |        next[i]: the word below word i, + 1
  *
- * A run of words is taken and given with one compare-and-swap. The count of changes in the head makes a swap fail if anybody
- * took or gave in between (a word that left and came back would else be taken with a stale next). 2^32 changes within one
- * reader's few instructions are not possible.
+ * A run of words is taken and given with one compare-and-swap. The count of changes in the head makes a swap fail if
+ * anybody took or gave in between (a word that left and came back would else be taken with a stale next). 2^32
+ * changes within one reader's few instructions are not possible.
  *
  * Any thread, no system call, never waits for another thread that was stopped. */
 #ifndef KVD_LEASE_H

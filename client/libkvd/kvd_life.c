@@ -23,8 +23,8 @@ static int connect_socket(const struct life_options *o, int *ret_fd)
     int fd, r;
 
     if (strlen(o->socket_path) >= sizeof(address.sun_path))
-        return error_set(o->cookie, KVD_E_ARG, "the socket's path is longer than %zu bytes: %s", sizeof(address.sun_path) - 1,
-                         o->socket_path);
+        return error_set(o->cookie, KVD_E_ARG, "the socket's path is longer than %zu bytes: %s",
+                         sizeof(address.sun_path) - 1, o->socket_path);
     strcpy(address.sun_path, o->socket_path);
     fd = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0);
     if (fd < 0)
@@ -61,8 +61,8 @@ static int map_sealed(const struct life *life, const char *what, int fd, uint64_
                          (long long)st.st_size, (unsigned long long)bytes);
     map = mmap(NULL, bytes, protection, MAP_SHARED, fd, 0);
     if (map == MAP_FAILED)
-        return error_set(life->cookie, errno == ENOMEM ? KVD_E_NOMEM : KVD_E_INTERNAL, "mapping the %s (%llu bytes): %s", what,
-                         (unsigned long long)bytes, strerror(errno));
+        return error_set(life->cookie, errno == ENOMEM ? KVD_E_NOMEM : KVD_E_INTERNAL,
+                         "mapping the %s (%llu bytes): %s", what, (unsigned long long)bytes, strerror(errno));
     *ret = map;
     return 0;
 }
@@ -74,10 +74,10 @@ static int check_page(struct life *life)
 
     if (p->magic != SHM_PAGE_MAGIC || p->version != SHM_VERSION || p->flags_incompat != 0)
         return error_set(life->cookie, KVD_E_PROTOCOL, "the worker's page is of another version");
-    if (p->header_bytes < sizeof(*p) || p->leases_off % 64 != 0 || p->log_off % 64 != 0 || p->leases_off < p->header_bytes ||
-        p->leases_off > bytes || (uint64_t)p->n_leases * 8 > bytes - p->leases_off || p->log_off < p->header_bytes ||
-        p->log_off > bytes || (uint64_t)p->n_log * 8 > bytes - p->log_off || p->n_log == 0 ||
-        (p->n_log & (p->n_log - 1)) != 0)
+    if (p->header_bytes < sizeof(*p) || p->leases_off % 64 != 0 || p->log_off % 64 != 0 ||
+        p->leases_off < p->header_bytes || p->leases_off > bytes || (uint64_t)p->n_leases * 8 > bytes - p->leases_off ||
+        p->log_off < p->header_bytes || p->log_off > bytes || (uint64_t)p->n_log * 8 > bytes - p->log_off ||
+        p->n_log == 0 || (p->n_log & (p->n_log - 1)) != 0)
         return error_set(life->cookie, KVD_E_PROTOCOL, "the worker's page does not fit its own sizes");
     life->leases = (_Atomic uint64_t *)(void *)((char *)life->page + p->leases_off);
     life->log = (_Atomic uint64_t *)(void *)((char *)life->page + p->log_off);
@@ -121,8 +121,8 @@ static int take_hello(struct life *life, struct mux_reply *reply, bool admin_onl
         r = error_set(life->cookie, KVD_E_PROTOCOL, "the daemon speaks version %u; allowed: %u", hello->version,
                       MESSAGES_VERSION);
     else if (reply->n_fds != (admin_only ? 0 : 2))
-        r = error_set(life->cookie, KVD_E_PROTOCOL, "hello was answered with %zu descriptors; allowed: %d", reply->n_fds,
-                      admin_only ? 0 : 2);
+        r = error_set(life->cookie, KVD_E_PROTOCOL, "hello was answered with %zu descriptors; allowed: %d",
+                      reply->n_fds, admin_only ? 0 : 2);
     life->worker = hello->worker;
     life->epoch = hello->epoch;
     life->admin = hello->admin;
@@ -246,7 +246,8 @@ static uint32_t retired_slabs(const struct life *life)
 /* A consistent, valid copy of a slot, or false. No lock. */
 static bool read_slab(const struct life *life, uint32_t number, uintptr_t *ret_base, uint64_t *ret_bytes)
 {
-    const struct life_slab *dir = atomic_load_explicit(&life->slab_dirs[number / LIFE_SLABS_PER_DIR], memory_order_acquire);
+    const struct life_slab *dir =
+        atomic_load_explicit(&life->slab_dirs[number / LIFE_SLABS_PER_DIR], memory_order_acquire);
     const struct life_slab *s;
     uint32_t seq, seen;
 
@@ -302,7 +303,8 @@ static int fetch_slab(struct life *life, uint32_t number, struct life_slab *s)
     answer = kvd__v1__slab_reply__unpack(NULL, reply.n, reply.body);
     if (!answer || reply.n_fds != 1 || answer->slab != number || fstat(reply.fds[0], &st) < 0) {
         r = error_set(life->cookie, KVD_E_PROTOCOL, "the answer about slab %u cannot be read", number);
-    } else if (atomic_load(&s->base) != 0 && s->inode == (uint64_t)st.st_ino && atomic_load(&s->bytes) == answer->bytes) {
+    } else if (atomic_load(&s->base) != 0 && s->inode == (uint64_t)st.st_ino &&
+               atomic_load(&s->bytes) == answer->bytes) {
         atomic_store_explicit(&s->retired_seen, retired, memory_order_release);
     } else {
         r = map_sealed(life, "slab", reply.fds[0], answer->bytes, PROT_READ, &map);
@@ -400,7 +402,8 @@ void life_log_end(struct life *life, uint64_t end)
 {
     uint64_t head = atomic_load_explicit(&life->page->log_head, memory_order_relaxed);
 
-    /* release: the daemon reads the head with acquire, then the words. Never backwards: a later writer may be done already. */
+    /* release: the daemon reads the head with acquire, then the words. Never backwards: a later writer may be done
+     * already. */
     while (head < end && !atomic_compare_exchange_weak_explicit(&life->page->log_head, &head, end, memory_order_release,
                                                                 memory_order_relaxed))
         ;

@@ -1,15 +1,17 @@
-/* What a session has of one life of the daemon: socket, index, page, slabs, free leases. After a restart the session gets a new
- * one; the old one stays mapped for as long as a prefix holds leases in it, so that leased memory stays readable.
+/* What a session has of one life of the daemon: socket, index, page, slabs, free leases. After a restart the session
+ * gets a new one; the old one stays mapped for as long as a prefix holds leases in it, so that leased memory stays
+ * readable.
  *
- *   refs   1 for being the session's current life, 1 for each prefix with leases, 1 for each call in progress. At 0 all is
- *          unmapped and closed; the struct itself stays until the session is freed (a thread may be about to look at
- *          refs), and may be used for a later life.
+ *   refs   1 for being the session's current life, 1 for each prefix with leases, 1 for each call in progress.
+ *          At 0 all is unmapped and closed; the struct itself stays until the session is freed (a thread may be about
+ *          to look at refs), and may be used for a later life.
  *
- * Slab table: slab number -> mapping, two levels, readable without a lock. A slot is a small seqlock: seq is odd while the slot
- * changes. A slab number may be used again for another slab after it was retired, therefore each slot keeps what
- * header.retired_slabs was before its descriptor was asked for. As long as header.retired_slabs is the same, no slab has gone
- * since, and the mapping is the slab of that number; else the daemon is asked again. Who holds a lease on a block in the slab
- * keeps it from being retired, so nobody reads a mapping that is being replaced.
+ * Slab table: slab number -> mapping, two levels, readable without a lock. A slot is a small seqlock: seq is odd
+ * while the slot changes. A slab number may be used again for another slab after it was retired, therefore each slot
+ * keeps what header.retired_slabs was before its descriptor was asked for. As long as header.retired_slabs is the
+ * same, no slab has gone since, and the mapping is the slab of that number; else the daemon is asked again. Who
+ * holds a lease on a block in the slab keeps it from being retired, so nobody reads a mapping that is being
+ * replaced.
  *
  * Includes: proto. */
 #ifndef KVD_LIFE_H
@@ -24,7 +26,7 @@
 #include "proto/lookup.h"
 #include "proto/shm.h"
 
-#define LIFE_SLAB_DIRS 256u
+#define LIFE_SLAB_DIRS     256u
 #define LIFE_SLABS_PER_DIR 256u
 
 struct life_slab {
@@ -107,8 +109,8 @@ int life_at(struct life *life, uint64_t loc, uint64_t n, const void **ret);
 /* Unmaps slabs that the daemon has retired since the last time. Costs a load if there are none. */
 void life_reap_slabs(struct life *life);
 
-/* Appends to the hit log. The log is a hint: with several writers a reader may see a word before its writer has stored it, and
- * then finds an older one there. */
+/* Appends to the hit log. The log is a hint: with several writers a reader may see a word before its writer has
+ * stored it, and then finds an older one there. */
 void life_log_begin(struct life *life, size_t n, uint64_t *ret_at);
 static inline void life_log_put(struct life *life, uint64_t at, uint64_t ref)
 {

@@ -34,7 +34,8 @@ static int check_load(struct load *load, enum kvd_dtype dtype)
         return session_error_forked(p->space->session);
     load->dtype = dtype_of(dtype);
     if (!codec_dtype_bytes(load->dtype) || (load->flags & ~(uint32_t)KVD_LOAD_VERIFY) != 0)
-        return error_set(cookie, KVD_E_ARG, "dtype is none of enum kvd_dtype, or flags has a bit that is none of KVD_LOAD_*");
+        return error_set(cookie, KVD_E_ARG,
+                         "dtype is none of enum kvd_dtype, or flags has a bit that is none of KVD_LOAD_*");
     if (!p->life && load->n_blocks)
         return error_set(cookie, KVD_E_STALE, "nothing is leased");
     if (load->n_blocks > p->n_matched || load->first_block > p->n_matched - load->n_blocks)
@@ -46,7 +47,8 @@ static int check_load(struct load *load, enum kvd_dtype dtype)
 static int corrupt(struct kvd_prefix *p, size_t block, uint32_t group)
 {
     atomic_fetch_add_explicit(&p->life->page->n_corrupt, 1, memory_order_relaxed);
-    return error_set(p->space->session->cookie, KVD_E_CORRUPT, "block %zu of group %u does not match its checksum", block, group);
+    return error_set(p->space->session->cookie, KVD_E_CORRUPT, "block %zu of group %u does not match its checksum",
+                     block, group);
 }
 
 static int verify(struct kvd_prefix *p, size_t block, uint32_t group, const void *payload)
@@ -76,8 +78,8 @@ static int decode_part(const struct load *load, uint32_t layer, size_t block, bo
 
     if (r < 0)
         return error_set(space->session->cookie, r == -EINVAL ? KVD_E_ARG : KVD_E_INTERNAL,
-                         "layer %u cannot be decoded so: strides of %zu and %zu bytes a token", layer, kv->k_token_stride,
-                         kv->v_token_stride);
+                         "layer %u cannot be decoded so: strides of %zu and %zu bytes a token", layer,
+                         kv->k_token_stride, kv->v_token_stride);
     return 0;
 }
 
@@ -156,7 +158,8 @@ int kvd_load(kvd_prefix *prefix, size_t first_block, size_t n_blocks, enum kvd_d
 /* A layer's state word: also the futex that its waiters sleep on. */
 enum { LAYER_OPEN = 0, LAYER_AWAITED = 1, LAYER_DONE = 2 }; /* DONE + error code */
 
-/* A waiter looks this often before it sleeps: a layer of a small model takes some 10 us, a sleep and a wake-up the same. */
+/* A waiter looks this often before it sleeps: a layer of a small model takes some 10 us, a sleep and a wake-up the
+ * same. */
 #define SPINS 2000
 
 struct kvd_loading {
@@ -196,8 +199,8 @@ static int fill_sources(struct kvd_loading *loading)
     return 0;
 }
 
-int kvd_load_begin(kvd_prefix *prefix, size_t first_block, size_t n_blocks, enum kvd_dtype dtype, const struct kvd_kv *layers,
-                   uint32_t flags, kvd_loading **ret)
+int kvd_load_begin(kvd_prefix *prefix, size_t first_block, size_t n_blocks, enum kvd_dtype dtype,
+                   const struct kvd_kv *layers, uint32_t flags, kvd_loading **ret)
 {
     struct load load = {
         .prefix = prefix, .first_block = first_block, .n_blocks = n_blocks, .flags = flags, .layers = layers};
@@ -288,7 +291,8 @@ static int layer_result(const struct kvd_loading *l, uint32_t layer, uint32_t st
     int r = (int)(state - LAYER_DONE);
 
     return r == 0 ? 0
-                  : error_set(l->load.prefix->space->session->cookie, r, "layer %u was not loaded: %s", layer, kvd_strerror(r));
+                  : error_set(l->load.prefix->space->session->cookie, r, "layer %u was not loaded: %s", layer,
+                              kvd_strerror(r));
 }
 
 int kvd_load_wait(kvd_loading *loading, uint32_t layer, int timeout_msec)
@@ -312,7 +316,8 @@ int kvd_load_wait(kvd_loading *loading, uint32_t layer, int timeout_msec)
         uint64_t now;
 
         seen = LAYER_OPEN;
-        if (!atomic_compare_exchange_strong_explicit(state, &seen, LAYER_AWAITED, memory_order_acquire, memory_order_acquire) &&
+        if (!atomic_compare_exchange_strong_explicit(state, &seen, LAYER_AWAITED, memory_order_acquire,
+                                                     memory_order_acquire) &&
             seen >= LAYER_DONE)
             return layer_result(loading, layer, seen);
         now = mux_now_msec();

@@ -6,17 +6,17 @@
  *                an entry was retired in between  ->  a smaller n, settle again (n only falls, so this ends)
  *   hit log, statistics
  *
- * A lease protects from the moment that its generation was confirmed (proto/lookup.h). Between settle()'s rounds each group
- * holds one run [lo, hi) of confirmed leases with hi <= n. */
+ * A lease protects from the moment that its generation was confirmed (proto/lookup.h). Between settle()'s rounds
+ * each group holds one run [lo, hi) of confirmed leases with hi <= n. */
 #include <stdlib.h>
 #include <string.h>
 
 #include "kvd_impl.h"
 
-/* Keys hashed before they are looked up: a miss wastes at most this many hashes. Measured: a wave of 16 keeps the look-ups'
- * cache misses overlapping; beyond 64 nothing is gained. */
+/* Keys hashed before they are looked up: a miss wastes at most this many hashes. Measured: a wave of 16 keeps the
+ * look-ups' cache misses overlapping; beyond 64 nothing is gained. */
 #define WAVE_FIRST 16u
-#define WAVE 64u
+#define WAVE       64u
 
 /* Look-ups of a sliding group at a time, backwards. */
 #define SLIDING_WAVE 16u
@@ -71,8 +71,8 @@ static size_t need_from(const struct kvd_space *space, uint32_t group, size_t n)
     return w == 0 || w >= n ? 0 : n - w;
 }
 
-/* Leases [from, to) of a group, whose hits are filled. *io_n becomes smaller if not all could be leased: to the length of prefix that
- * is still possible. The run is extended only by what was confirmed. */
+/* Leases [from, to) of a group, whose hits are filled. *io_n becomes smaller if not all could be leased: to the
+ * length of prefix that is still possible. The run is extended only by what was confirmed. */
 static void lease_run(struct kvd_prefix *p, uint32_t group, size_t from, size_t to, size_t *io_n)
 {
     struct held *h = &p->held[group];
@@ -81,7 +81,8 @@ static void lease_run(struct kvd_prefix *p, uint32_t group, size_t from, size_t 
     size_t got = lease_take(&life->free_leases, h->words + from, to - from), ok;
 
     for (size_t i = from; i < from + got; i++)
-        atomic_store_explicit(&life->leases[h->words[i]], shm_ref(h->hits[i].entry, h->hits[i].gen), memory_order_relaxed);
+        atomic_store_explicit(&life->leases[h->words[i]], shm_ref(h->hits[i].entry, h->hits[i].gen),
+                              memory_order_relaxed);
     ok = lookup_confirm_many(&life->view, h->hits + from, got);
     if (ok < got)
         atomic_fetch_add_explicit(&life->page->n_stale, 1, memory_order_relaxed);
@@ -105,8 +106,8 @@ static void lease_run(struct kvd_prefix *p, uint32_t group, size_t from, size_t 
     }
 }
 
-/* Checks a sliding group for a prefix of n: looks up, backwards, what it does not hold of [need_from(n), n). hits are filled.
- * Returns the longest n' <= n that it allows as far as it saw (n itself if all is there). */
+/* Checks a sliding group for a prefix of n: looks up, backwards, what it does not hold of [need_from(n), n). hits
+ * are filled. Returns the longest n' <= n that it allows as far as it saw (n itself if all is there). */
 static size_t find_sliding(struct kvd_prefix *p, uint32_t group, uint16_t id, size_t n)
 {
     struct held *h = &p->held[group];
@@ -117,7 +118,8 @@ static size_t find_sliding(struct kvd_prefix *p, uint32_t group, uint16_t id, si
         size_t here = at - lo < SLIDING_WAVE ? at - lo : SLIDING_WAVE;
         size_t from = at - here;
 
-        lookup_find_many(&p->life->view, p->keys + from * KVD_KEY_BYTES, here, id, (uint8_t)group, false, h->hits + from);
+        lookup_find_many(&p->life->view, p->keys + from * KVD_KEY_BYTES, here, id, (uint8_t)group, false,
+                         h->hits + from);
         for (size_t i = at; i-- > from;)
             if (h->hits[i].gen == 0 || h->hits[i].host == SHM_LOC_NONE)
                 return i;
@@ -154,8 +156,8 @@ static size_t clamp_to_table(const struct kvd_prefix *p, size_t n)
     return lo;
 }
 
-/* Leases what every group needs for the longest possible prefix <= n and nothing else; the full groups' hits up to n are filled.
- * Returns its length. */
+/* Leases what every group needs for the longest possible prefix <= n and nothing else; the full groups' hits up to n
+ * are filled. Returns its length. */
 static size_t settle(struct kvd_prefix *p, uint16_t id, size_t n)
 {
     const struct kvd_space *space = p->space;
@@ -288,8 +290,10 @@ static int keep_extras(struct kvd_prefix *p, const struct kvd_extra *extras, siz
 
     p->n_extras = 0;
     for (size_t i = 0; i < n_extras; i++) {
-        if ((i && extras[i].block <= extras[i - 1].block) || extras[i].n > KEY_EXTRA_MAX || (extras[i].n && !extras[i].data))
-            return error_set(cookie, KVD_E_ARG, "extra %zu: blocks must ascend and data have at most %u bytes", i, KEY_EXTRA_MAX);
+        if ((i && extras[i].block <= extras[i - 1].block) || extras[i].n > KEY_EXTRA_MAX ||
+            (extras[i].n && !extras[i].data))
+            return error_set(cookie, KVD_E_ARG, "extra %zu: blocks must ascend and data have at most %u bytes", i,
+                             KEY_EXTRA_MAX);
         bytes += extras[i].n;
     }
     if (n_extras > p->extras_room) {
@@ -340,7 +344,8 @@ static int check_match(struct kvd_prefix *p, const void *data, size_t n_blocks, 
     if (n_blocks && !data)
         return error_set(cookie, KVD_E_ARG, "%s is NULL", digests ? "digests" : "tokens");
     if (n_blocks > p->max_blocks)
-        return error_set(cookie, KVD_E_LIMIT, "the sequence has %zu blocks; allowed by this prefix: %zu", n_blocks, p->max_blocks);
+        return error_set(cookie, KVD_E_LIMIT, "the sequence has %zu blocks; allowed by this prefix: %zu", n_blocks,
+                         p->max_blocks);
     return 0;
 }
 

@@ -13,8 +13,8 @@
 #include "kvd_error.h"
 #include "proto/kvd.pb-c.h"
 
-/* The receiver blocks in recvmsg() for at most this long (SO_RCVTIMEO), so that a long wait costs one system call a reply and a
- * deadline is still kept: what is left of a wait below it is waited for with poll(). */
+/* The receiver blocks in recvmsg() for at most this long (SO_RCVTIMEO), so that a long wait costs one system call a
+ * reply and a deadline is still kept: what is left of a wait below it is waited for with poll(). */
 #define RECEIVE_MSEC 1000u
 
 uint64_t mux_now_msec(void)
@@ -77,7 +77,8 @@ static void finish(struct mux_call *call, int error, const char *reason)
 
 static const char *dead_reason(int error)
 {
-    return error == KVD_E_GONE ? "the daemon closed the connection" : "the connection was given up after a broken reply";
+    return error == KVD_E_GONE ? "the daemon closed the connection"
+                               : "the connection was given up after a broken reply";
 }
 
 static void kill_locked(struct mux *mux, int error, const char *reason)
@@ -183,8 +184,8 @@ static void receive_one(struct mux *mux, uint64_t left_msec)
         kill_locked(mux, KVD_E_PROTOCOL, "a reply of another type than the request");
 }
 
-static int send_all(struct mux *mux, const struct mux_call *call, const void *body, size_t n, const int *fds, size_t n_fds,
-                    uint32_t timeout_msec)
+static int send_all(struct mux *mux, const struct mux_call *call, const void *body, size_t n, const int *fds,
+                    size_t n_fds, uint32_t timeout_msec)
 {
     uint64_t deadline = mux_now_msec() + timeout_msec;
     int r;
@@ -202,13 +203,13 @@ static int send_all(struct mux *mux, const struct mux_call *call, const void *bo
         return error_set(mux->cookie, KVD_E_GONE, "%s", dead_reason(KVD_E_GONE));
     }
     if (r < 0)
-        return error_set(mux->cookie, r == -EMSGSIZE ? KVD_E_LIMIT : KVD_E_INTERNAL, "a request of %zu bytes was not sent: %s",
-                         n, strerror(-r));
+        return error_set(mux->cookie, r == -EMSGSIZE ? KVD_E_LIMIT : KVD_E_INTERNAL,
+                         "a request of %zu bytes was not sent: %s", n, strerror(-r));
     return 0;
 }
 
-int mux_send(struct mux *mux, struct mux_call *call, uint16_t type, const void *body, size_t n, const int *fds, size_t n_fds,
-             uint32_t timeout_msec)
+int mux_send(struct mux *mux, struct mux_call *call, uint16_t type, const void *body, size_t n, const int *fds,
+             size_t n_fds, uint32_t timeout_msec)
 {
     pthread_condattr_t attr;
     int r;

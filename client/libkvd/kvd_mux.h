@@ -1,9 +1,9 @@
 /* Requests of many threads over one attach socket.
  *
- * There is no thread of our own. A caller sends its request (a packet is sent whole, so senders need no lock) and waits for
- * the reply. One of the waiting callers at a time is the receiver: it reads packets and hands each to the call that it belongs
- * to. When the receiver has its own reply it leaves and wakes another waiter to take its place. So a long request of one thread
- * (a publish) holds up no other (a ping), and an idle session costs nothing.
+ * There is no thread of our own. A caller sends its request (a packet is sent whole, so senders need no lock) and
+ * waits for the reply. One of the waiting callers at a time is the receiver: it reads packets and hands each to the
+ * call that it belongs to. When the receiver has its own reply it leaves and wakes another waiter to take its place.
+ * So a long request of one thread (a publish) holds up no other (a ping), and an idle session costs nothing.
  *
  *                 mux_send()               reply came, or time over, or socket dead
  *     (no call) ------------> PENDING -----------------------------------------------> DONE -- mux_wait() returns
@@ -11,8 +11,9 @@
  *          nobody receives:     |  |  its turn ends without its reply
  *          becomes the receiver +--+
  *
- * Invariants: M1 at most one call receives; M2 if somebody waits, somebody receives or is about to (it was signalled);
- * M3 a call is in the list from mux_send() to the end of mux_wait() or mux_cancel(), and only its owner takes it out.
+ * Invariants: M1 at most one call receives; M2 if somebody waits, somebody receives or is about to (it was
+ * signalled); M3 a call is in the list from mux_send() to the end of mux_wait() or mux_cancel(), and only its owner
+ * takes it out.
  *
  * Any thread. Errors are enum kvd_error, details by error_set(). Includes: proto/frame.h. */
 #ifndef KVD_MUX_H
@@ -64,8 +65,8 @@ void mux_deinit(struct mux *mux);
 void mux_kill(struct mux *mux, int error);
 
 /* Sends a request; fds are borrowed. On success the caller owes mux_wait() or mux_cancel(). */
-int mux_send(struct mux *mux, struct mux_call *call, uint16_t type, const void *body, size_t n, const int *fds, size_t n_fds,
-             uint32_t timeout_msec);
+int mux_send(struct mux *mux, struct mux_call *call, uint16_t type, const void *body, size_t n, const int *fds,
+             size_t n_fds, uint32_t timeout_msec);
 /* Waits for the reply; ret_reply (may be NULL) is filled on success. */
 int mux_wait(struct mux *mux, struct mux_call *call, uint32_t timeout_msec, struct mux_reply *ret_reply);
 void mux_cancel(struct mux *mux, struct mux_call *call);

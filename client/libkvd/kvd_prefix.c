@@ -51,8 +51,8 @@ int kvd_prefix_create(kvd_space *space, size_t max_blocks, kvd_prefix **ret)
     int r;
 
     if (!space || !ret || max_blocks == 0 || max_blocks > UINT32_MAX / BLOCK_TOKENS_MAX)
-        return error_set(s ? s->cookie : 0, KVD_E_ARG, "space or ret is NULL, or max_blocks is %zu; allowed: 1 to %u", max_blocks,
-                         UINT32_MAX / BLOCK_TOKENS_MAX);
+        return error_set(s ? s->cookie : 0, KVD_E_ARG, "space or ret is NULL, or max_blocks is %zu; allowed: 1 to %u",
+                         max_blocks, UINT32_MAX / BLOCK_TOKENS_MAX);
     if (session_forked(s))
         return session_error_forked(s);
     p = calloc(1, sizeof(*p));
@@ -162,8 +162,9 @@ int prefix_payload(const struct kvd_prefix *p, size_t block, uint32_t group, con
     if (!life_leases_hold(p->life))
         return error_set(p->space->session->cookie, KVD_E_STALE, "the daemon has given up this session and its leases");
     if (hit->bytes != want)
-        return error_set(p->space->session->cookie, KVD_E_CORRUPT, "block %zu of group %u has %u bytes in the index, not %llu",
-                         block, group, hit->bytes, (unsigned long long)want);
+        return error_set(p->space->session->cookie, KVD_E_CORRUPT,
+                         "block %zu of group %u has %u bytes in the index, not %llu", block, group, hit->bytes,
+                         (unsigned long long)want);
     return life_at(p->life, hit->host, hit->bytes, ret);
 }
 
@@ -174,11 +175,13 @@ int kvd_prefix_block(const kvd_prefix *prefix, size_t i, uint32_t group, struct 
     int r;
 
     if (!prefix || !ret || group >= prefix->space->n_groups)
-        return error_set(prefix ? prefix->space->session->cookie : 0, KVD_E_ARG, "prefix or ret is NULL, or no such group");
+        return error_set(prefix ? prefix->space->session->cookie : 0, KVD_E_ARG,
+                         "prefix or ret is NULL, or no such group");
     if (session_forked(prefix->space->session))
         return session_error_forked(prefix->space->session);
     if (!prefix->life || !prefix_holds(prefix, group, i))
-        return error_set(prefix->space->session->cookie, KVD_E_NOT_FOUND, "block %zu of group %u is not leased", i, group);
+        return error_set(prefix->space->session->cookie, KVD_E_NOT_FOUND, "block %zu of group %u is not leased", i,
+                         group);
     r = prefix_payload(prefix, i, group, &payload);
     if (r != 0)
         return r;

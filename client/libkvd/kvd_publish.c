@@ -1,5 +1,5 @@
-/* Publish: K and V go from the caller's arrays into staging, and frames name them. One chunk of staging is cut into segments, each
- * filled for a frame of its own, so that the daemon encodes some while another is filled:
+/* Publish: K and V go from the caller's arrays into staging, and frames name them. One chunk of staging is cut into
+ * segments, each filled for a frame of its own, so that the daemon encodes some while another is filled:
  *
  *   segment 0: fill, send ............ wait, fill, send ...
  *   segment 1:            fill, send ............ wait, ...
@@ -13,12 +13,12 @@
 #include "proto/kvd.pb-c.h"
 
 #define ALIGN_BYTES 64u
-#define FRAME_ROOM 256u /* of a frame's body for what is not a block */
-#define BLOCK_ROOM 16u  /* tag and length of a block in the body */
-/* Blocks in one frame: enough to make the round trip small, few enough that several publishing threads of one worker stay within
- * what the daemon lets a worker have in progress (1024 by default; SEGMENTS frames a thread). */
+#define FRAME_ROOM  256u /* of a frame's body for what is not a block */
+#define BLOCK_ROOM  16u  /* tag and length of a block in the body */
+/* Blocks in one frame: enough to make the round trip small, few enough that several publishing threads of one worker
+ * stay within what the daemon lets a worker have in progress (1024 by default; SEGMENTS frames a thread). */
 #define FRAME_BLOCKS 64u
-#define SEGMENTS 4u
+#define SEGMENTS     4u
 
 struct batch {
     uint64_t off;        /* of its segment in the chunk */
@@ -48,7 +48,7 @@ struct publish {
     struct staging_chunk *chunk; /* NULL: none taken yet */
     bool chunk_lost;             /* the daemon may still read it after we are done */
     uint64_t segment_bytes;
-    unsigned n_batches, turn;    /* the batch that is being filled */
+    unsigned n_batches, turn; /* the batch that is being filled */
     struct batch batch[SEGMENTS];
     int error; /* the first */
 };
@@ -93,8 +93,9 @@ static int take_answer(struct publish *u, struct batch *b, const struct mux_repl
                 error_set(u->session->cookie, u->error, "block %zu: %s%s%s", u->first_block + b->block_of[i], e->reason,
                           e->allowed[0] ? "; allowed: " : "", e->allowed);
             } else if (u->error == 0) {
-                u->error = error_set(u->session->cookie, KVD_E_INTERNAL, "block %zu failed for a reason that the daemon kept",
-                                     u->first_block + b->block_of[i]);
+                u->error =
+                    error_set(u->session->cookie, KVD_E_INTERNAL, "block %zu failed for a reason that the daemon kept",
+                              u->first_block + b->block_of[i]);
             }
             n_errors++;
         }
@@ -155,8 +156,8 @@ static void send_batch(struct publish *u, struct batch *b)
 /* ---- Filling ---- */
 
 /* [n_tokens][n_heads][row_bytes], contiguous, from strided memory. */
-static void gather(uint8_t *dst, const uint8_t *src, size_t token_stride, size_t head_stride, size_t n_tokens, size_t n_heads,
-                   size_t row_bytes)
+static void gather(uint8_t *dst, const uint8_t *src, size_t token_stride, size_t head_stride, size_t n_tokens,
+                   size_t n_heads, size_t row_bytes)
 {
     if (head_stride == row_bytes && token_stride == n_heads * row_bytes) {
         memcpy(dst, src, n_tokens * token_stride);
@@ -184,11 +185,12 @@ static void copy_block(const struct publish *u, uint32_t group, size_t block, ui
         size_t row_k = part->tile.dim_k * bytes, row_v = part->tile.dim_v * bytes;
         uint8_t *at = dst + part->raw_off[u->dtype];
 
-        gather(at, (const uint8_t *)kv->k + block * n_tokens * kv->k_token_stride, kv->k_token_stride, kv->k_head_stride,
-               n_tokens, part->n_kv_heads, row_k);
+        gather(at, (const uint8_t *)kv->k + block * n_tokens * kv->k_token_stride, kv->k_token_stride,
+               kv->k_head_stride, n_tokens, part->n_kv_heads, row_k);
         if (row_v)
-            gather(at + n_tokens * part->n_kv_heads * row_k, (const uint8_t *)kv->v + block * n_tokens * kv->v_token_stride,
-                   kv->v_token_stride, kv->v_head_stride, n_tokens, part->n_kv_heads, row_v);
+            gather(at + n_tokens * part->n_kv_heads * row_k,
+                   (const uint8_t *)kv->v + block * n_tokens * kv->v_token_stride, kv->v_token_stride,
+                   kv->v_head_stride, n_tokens, part->n_kv_heads, row_v);
     }
 }
 
@@ -238,7 +240,8 @@ static int take_chunk(struct publish *u)
 
 static bool fits(const struct publish *u, const struct batch *b, uint64_t bytes, size_t body_bytes)
 {
-    return b->n < u->max_items && b->used_bytes + bytes <= u->segment_bytes && b->body_bytes + body_bytes <= FRAME_BODY_MAX;
+    return b->n < u->max_items && b->used_bytes + bytes <= u->segment_bytes &&
+           b->body_bytes + body_bytes <= FRAME_BODY_MAX;
 }
 
 static int add_item(struct publish *u, size_t block, uint32_t group)
@@ -255,15 +258,16 @@ static int add_item(struct publish *u, size_t block, uint32_t group)
     describe(u, block, group, &m);
     m.offset = UINT64_MAX; /* the longest that it can become in the body */
     body_bytes = kvd__v1__publish_block__get_packed_size(&m) + BLOCK_ROOM;
-    if (!fits(u, b, bytes, body_bytes) && b->n) { /* full: it goes, and the one that has been away the longest is next */
+    if (!fits(u, b, bytes, body_bytes) &&
+        b->n) { /* full: it goes, and the one that has been away the longest is next */
         send_batch(u, b);
         u->turn = (u->turn + 1) % u->n_batches;
         b = &u->batch[u->turn];
         finish_batch(u, b);
     }
     if (!fits(u, b, bytes, body_bytes))
-        return error_set(u->session->cookie, KVD_E_LIMIT, "one block takes %zu bytes of a frame; allowed: %u", body_bytes,
-                         FRAME_BODY_MAX - FRAME_ROOM);
+        return error_set(u->session->cookie, KVD_E_LIMIT, "one block takes %zu bytes of a frame; allowed: %u",
+                         body_bytes, FRAME_BODY_MAX - FRAME_ROOM);
     m.offset = b->off + b->used_bytes;
     copy_block(u, group, block, (uint8_t *)u->chunk->map + m.offset);
     b->blocks[b->n] = m;
@@ -278,8 +282,8 @@ static bool present(const struct publish *u, size_t block, uint32_t group)
 {
     struct lookup_hit hit;
 
-    return lookup_find(&u->life->view, u->prefix->keys + (u->first_block + block) * KVD_KEY_BYTES, u->space_id, (uint8_t)group,
-                       &hit);
+    return lookup_find(&u->life->view, u->prefix->keys + (u->first_block + block) * KVD_KEY_BYTES, u->space_id,
+                       (uint8_t)group, &hit);
 }
 
 static void publish_all(struct publish *u)
@@ -319,8 +323,8 @@ static void map_new_slabs(struct publish *u)
     for (size_t block = 0; block < u->n_blocks; block++)
         for (uint32_t g = 0; g < u->prefix->space->n_groups; g++)
             if (u->status[block] == KVD_PUBLISHED && (u->groups >> g & 1) &&
-                lookup_find(&u->life->view, u->prefix->keys + (u->first_block + block) * KVD_KEY_BYTES, u->space_id, (uint8_t)g,
-                            &hit) &&
+                lookup_find(&u->life->view, u->prefix->keys + (u->first_block + block) * KVD_KEY_BYTES, u->space_id,
+                            (uint8_t)g, &hit) &&
                 hit.host != SHM_LOC_NONE && life_at(u->life, hit.host, hit.bytes, &payload) != 0)
                 return; /* it is only a hint */
     life_reap_slabs(u->life);
@@ -338,12 +342,14 @@ static int check_layers(const struct publish *u)
     const struct kvd_space *space = u->prefix->space;
 
     for (uint32_t l = 0; l < space->n_layers; l++)
-        if ((u->groups >> space->layer_group[l] & 1) && (!u->layers[l].k || (space->layers[l].dim_v && !u->layers[l].v)))
+        if ((u->groups >> space->layer_group[l] & 1) &&
+            (!u->layers[l].k || (space->layers[l].dim_v && !u->layers[l].v)))
             return error_set(u->session->cookie, KVD_E_ARG, "layer %u has no K or V", l);
     return 0;
 }
 
-/* Tokens that go on where the match ended make the sequence longer; those of the range must be the ones that were matched. */
+/* Tokens that go on where the match ended make the sequence longer; those of the range must be the ones that were
+ * matched. */
 static int check_tokens(struct publish *u, size_t n_tokens)
 {
     struct kvd_prefix *p = u->prefix;
@@ -354,11 +360,11 @@ static int check_tokens(struct publish *u, size_t n_tokens)
     if (p->space->digest_bytes)
         return end <= p->n_seq ? 0 : bad_argument(u->session, "the range goes beyond the sequence that was matched");
     if (!u->tokens || end > n)
-        return error_set(u->session->cookie, KVD_E_TOKEN, "blocks up to %zu need %zu tokens; given: %zu", end, end * block_tokens,
-                         n_tokens);
+        return error_set(u->session->cookie, KVD_E_TOKEN, "blocks up to %zu need %zu tokens; given: %zu", end,
+                         end * block_tokens, n_tokens);
     if (end > p->max_blocks)
-        return error_set(u->session->cookie, KVD_E_LIMIT, "the sequence has %zu blocks; allowed by this prefix: %zu", end,
-                         p->max_blocks);
+        return error_set(u->session->cookie, KVD_E_LIMIT, "the sequence has %zu blocks; allowed by this prefix: %zu",
+                         end, p->max_blocks);
     for (size_t i = u->first_block * block_tokens; p->space->vocab_tokens && i < end * block_tokens; i++)
         if (u->tokens[i] >= p->space->vocab_tokens)
             return error_set(u->session->cookie, KVD_E_TOKEN, "token %zu is %u; allowed: below %u", i, u->tokens[i],
@@ -376,7 +382,8 @@ static int check_tokens(struct publish *u, size_t n_tokens)
         if (key_block(p->hasher, i ? p->keys + (i - 1) * KVD_KEY_BYTES : p->space->fingerprint,
                       u->tokens + i * block_tokens, block_tokens, extra, n_extra, key) < 0 ||
             memcmp(key, p->keys + i * KVD_KEY_BYTES, KVD_KEY_BYTES) != 0)
-            r = error_set(u->session->cookie, KVD_E_TOKEN, "the tokens of block %zu are not those that were matched", i);
+            r = error_set(u->session->cookie, KVD_E_TOKEN, "the tokens of block %zu are not those that were matched",
+                          i);
     }
     return r;
 }
@@ -424,7 +431,8 @@ int kvd_publish(kvd_prefix *prefix, const uint32_t *tokens, size_t n_tokens, siz
 {
     struct kvd_space *space = prefix ? prefix->space : NULL;
     uint32_t all_groups = space ? (uint32_t)((UINT64_C(1) << space->n_groups) - 1) : 0;
-    struct publish u = {.prefix = prefix, .tokens = tokens, .first_block = first_block, .n_blocks = n_blocks, .layers = layers};
+    struct publish u = {
+        .prefix = prefix, .tokens = tokens, .first_block = first_block, .n_blocks = n_blocks, .layers = layers};
     int r;
 
     if (!prefix || !layers)
@@ -435,7 +443,8 @@ int kvd_publish(kvd_prefix *prefix, const uint32_t *tokens, size_t n_tokens, siz
     u.groups = groups ? groups : all_groups;
     u.dtype = dtype_of(dtype);
     if ((u.groups & ~all_groups) != 0 || !codec_dtype_bytes(u.dtype))
-        return bad_argument(u.session, "groups names one that the space does not have, or dtype is none of enum kvd_dtype");
+        return bad_argument(u.session,
+                            "groups names one that the space does not have, or dtype is none of enum kvd_dtype");
     if (n_blocks == 0)
         return KVD_OK;
     if (n_blocks > prefix->max_blocks || first_block > prefix->max_blocks)

@@ -9,9 +9,10 @@
 
 #include "kvd_impl.h"
 
-#define TIMEOUT_MSEC 10000u
+#define TIMEOUT_MSEC  10000u
 #define REATTACH_MSEC 200u
-/* A match that attaches again waits for hello at most this long: a daemon that is alive answers in well under a millisecond. */
+/* A match that attaches again waits for hello at most this long: a daemon that is alive answers in well under a
+ * millisecond. */
 #define HELLO_IN_MATCH_MSEC 250u
 /* Between two tries in a row that failed the time doubles, up to this many times reattach_msec. */
 #define BACKOFF_MAX 8u
@@ -85,7 +86,8 @@ static struct life *take_current(struct kvd *s)
         struct life *life = atomic_load_explicit(&s->life, memory_order_acquire);
 
         if (life_try_ref(life)) {
-            /* It may have been torn and started again between the load and the reference; then it is the current one as well. */
+            /* It may have been torn and started again between the load and the reference; then it is the current one
+             * as well. */
             return life;
         }
         if (life == atomic_load_explicit(&s->life, memory_order_acquire))
@@ -182,7 +184,8 @@ static uint64_t new_cookie(const void *p)
 static int check_options(const struct kvd_options *o)
 {
     if (o->size < sizeof(*o))
-        return error_set(0, KVD_E_ARG, "options.size is %zu; allowed: at least %zu (use KVD_OPTIONS_INIT)", o->size, sizeof(*o));
+        return error_set(0, KVD_E_ARG, "options.size is %zu; allowed: at least %zu (use KVD_OPTIONS_INIT)", o->size,
+                         sizeof(*o));
     return 0;
 }
 
@@ -221,7 +224,8 @@ static int fill_session(struct kvd *s, const struct kvd_options *o)
     s->wiped = wiped;
     *(uint32_t *)wiped = 1;
     if (madvise(wiped, (size_t)page, MADV_WIPEONFORK) < 0)
-        return error_set(s->cookie, KVD_E_INTERNAL, "MADV_WIPEONFORK: %s (Linux 4.14 or later is needed)", strerror(errno));
+        return error_set(s->cookie, KVD_E_INTERNAL, "MADV_WIPEONFORK: %s (Linux 4.14 or later is needed)",
+                         strerror(errno));
     return 0;
 }
 

@@ -5,8 +5,8 @@
 #include "kvd_impl.h"
 #include "proto/kvd.pb-c.h"
 
-#define DEFAULT_K "kc4"
-#define DEFAULT_V "tq4"
+#define DEFAULT_K     "kc4"
+#define DEFAULT_V     "tq4"
 #define DEFAULT_FIRST "raw"
 
 enum codec_dtype dtype_of(enum kvd_dtype dtype)
@@ -40,7 +40,8 @@ static int check_desc(const struct kvd *s, const struct kvd_space_desc *d)
     if (!codec_dtype_bytes(dtype_of(d->dtype)))
         return bad_layout(s, "dtype is none of KVD_F16, KVD_BF16, KVD_F32");
     if (d->block_tokens < 1 || d->block_tokens > BLOCK_TOKENS_MAX)
-        return error_set(s->cookie, KVD_E_LAYOUT, "block_tokens is %u; allowed: 1 to %d", d->block_tokens, BLOCK_TOKENS_MAX);
+        return error_set(s->cookie, KVD_E_LAYOUT, "block_tokens is %u; allowed: 1 to %d", d->block_tokens,
+                         BLOCK_TOKENS_MAX);
     if (d->digest_bytes != 0 && (d->digest_bytes < 8 || d->digest_bytes > KVD_KEY_BYTES))
         return error_set(s->cookie, KVD_E_LAYOUT, "digest_bytes is %u; allowed: 0, or 8 to 32", d->digest_bytes);
     if (!d->groups || d->n_groups < 1 || d->n_groups > GROUPS_MAX)
@@ -49,7 +50,8 @@ static int check_desc(const struct kvd *s, const struct kvd_space_desc *d)
         return error_set(s->cookie, KVD_E_LAYOUT, "n_layers is %u; allowed: 1 to %d", d->n_layers, LAYERS_MAX);
     for (uint32_t i = 0; i < d->n_layers; i++)
         if (d->layers[i].group >= d->n_groups)
-            return error_set(s->cookie, KVD_E_LAYOUT, "layer %u is in group %u of %u", i, d->layers[i].group, d->n_groups);
+            return error_set(s->cookie, KVD_E_LAYOUT, "layer %u is in group %u of %u", i, d->layers[i].group,
+                             d->n_groups);
     return 0;
 }
 
@@ -83,8 +85,9 @@ static int fill_layer(struct kvd_space *space, const struct kvd_space_desc *d, u
     space->layer_index[i] = space->group[l->group].n_layers++;
     space->group[l->group].raw_elements += (uint64_t)d->block_tokens * l->n_kv_heads * ((uint64_t)l->dim_k + l->dim_v);
     if (payload_layer_codecs(p, dtype_of(d->dtype), t.k, t.v, t.first_k, t.first_v, &reason) < 0)
-        return error_set(space->session->cookie, KVD_E_LAYOUT, "layer %u, codecs \"%s\", \"%s\", first \"%s\", \"%s\": %s", i,
-                         t.k, t.v, t.first_k, t.first_v, reason);
+        return error_set(space->session->cookie, KVD_E_LAYOUT,
+                         "layer %u, codecs \"%s\", \"%s\", first \"%s\", \"%s\": %s", i, t.k, t.v, t.first_k, t.first_v,
+                         reason);
     return 0;
 }
 
@@ -153,8 +156,8 @@ static int pack_space(struct kvd_space *space, const struct kvd_space_desc *d)
     m.layer = layer_at;
     space->n_packed = kvd__v1__space__get_packed_size(&m);
     if (space->n_packed > FRAME_BODY_MAX) {
-        r = error_set(space->session->cookie, KVD_E_LAYOUT, "the description takes %zu bytes; allowed: %u", space->n_packed,
-                      FRAME_BODY_MAX);
+        r = error_set(space->session->cookie, KVD_E_LAYOUT, "the description takes %zu bytes; allowed: %u",
+                      space->n_packed, FRAME_BODY_MAX);
         goto done;
     }
     space->packed = malloc(space->n_packed ? space->n_packed : 1);
@@ -181,13 +184,16 @@ static int take_reply(struct kvd_space *space, const struct life *life, const st
         a->n_payload_bytes != space->n_groups || a->n_first_payload_bytes != space->n_groups)
         r = error_set(cookie, KVD_E_PROTOCOL, "the answer about a space cannot be read");
     for (uint32_t g = 0; r == 0 && g < space->n_groups; g++)
-        if (a->payload_bytes[g] != space->group[g].plain->bytes || a->first_payload_bytes[g] != space->group[g].first->bytes)
-            r = error_set(cookie, KVD_E_PROTOCOL,
-                          "the daemon lays out a block of group %u in %llu bytes, this library in %llu: their codecs differ", g,
-                          (unsigned long long)a->payload_bytes[g], (unsigned long long)space->group[g].plain->bytes);
+        if (a->payload_bytes[g] != space->group[g].plain->bytes ||
+            a->first_payload_bytes[g] != space->group[g].first->bytes)
+            r = error_set(
+                cookie, KVD_E_PROTOCOL,
+                "the daemon lays out a block of group %u in %llu bytes, this library in %llu: their codecs differ", g,
+                (unsigned long long)a->payload_bytes[g], (unsigned long long)space->group[g].plain->bytes);
     if (r == 0 && known && memcmp(space->fingerprint, a->fingerprint.data, KVD_KEY_BYTES) != 0)
         r = error_set(cookie, KVD_E_SPACE,
-                      "the space has another fingerprint since the daemon was restarted (its tenants were changed); open it anew");
+                      "the space has another fingerprint since the daemon was restarted (its tenants were changed); "
+                      "open it anew");
     if (r == 0) {
         if (!known)
             memcpy(space->fingerprint, a->fingerprint.data, KVD_KEY_BYTES);
@@ -334,8 +340,8 @@ static void tell_closed(struct kvd_space *space)
         return;
     if (life_alive(life) && space_id(space, life, &id)) {
         close.space = id;
-        mux_request(&life->mux, FRAME_SPACE_CLOSE, body, kvd__v1__space_close__pack(&close, body), NULL, 0, s->timeout_msec,
-                    NULL);
+        mux_request(&life->mux, FRAME_SPACE_CLOSE, body, kvd__v1__space_close__pack(&close, body), NULL, 0,
+                    s->timeout_msec, NULL);
     }
     life_unref(life);
 }

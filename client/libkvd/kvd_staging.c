@@ -10,11 +10,11 @@
 #include "kvd_impl.h"
 #include "proto/kvd.pb-c.h"
 
-/* At least this: a publish cuts a chunk into four segments, and 4 MiB are enough to make a round trip small against copying and
- * few enough to stay in a processor's cache. */
+/* At least this: a publish cuts a chunk into four segments, and 4 MiB are enough to make a round trip small against
+ * copying and few enough to stay in a processor's cache. */
 #define CHUNK_BYTES (UINT64_C(16) << 20)
 #define ROUND_BYTES (UINT64_C(64) << 10)
-#define DROP_MSEC 1000u /* for the daemon to say that it heard of a chunk's end */
+#define DROP_MSEC   1000u /* for the daemon to say that it heard of a chunk's end */
 
 void staging_init(struct staging *g, uint64_t limit_bytes)
 {
@@ -58,8 +58,8 @@ static int make_chunk(struct kvd *s, struct staging_chunk *c)
         r = fallocate(c->fd, 0, 0, (off_t)c->bytes) < 0 ? errno : 0;
     while (r == EINTR);
     if (r != 0)
-        return error_set(s->cookie, KVD_E_NOMEM, "staging memory: reserving %llu bytes: %s", (unsigned long long)c->bytes,
-                         strerror(r));
+        return error_set(s->cookie, KVD_E_NOMEM, "staging memory: reserving %llu bytes: %s",
+                         (unsigned long long)c->bytes, strerror(r));
     if (fcntl(c->fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) < 0)
         return error_set(s->cookie, KVD_E_INTERNAL, "staging memory: F_ADD_SEALS: %s", strerror(errno));
     c->map = mmap(NULL, c->bytes, PROT_READ | PROT_WRITE, MAP_SHARED, c->fd, 0);
@@ -80,8 +80,8 @@ static int tell_daemon(struct kvd *s, struct life *life, struct staging_chunk *c
     int r;
 
     add.bytes = c->bytes;
-    r = mux_request(&life->mux, FRAME_STAGING_ADD, body, kvd__v1__staging_add__pack(&add, body), &c->fd, 1, s->timeout_msec,
-                    &reply);
+    r = mux_request(&life->mux, FRAME_STAGING_ADD, body, kvd__v1__staging_add__pack(&add, body), &c->fd, 1,
+                    s->timeout_msec, &reply);
     if (r != 0)
         return r;
     answer = kvd__v1__staging_reply__unpack(NULL, reply.n, reply.body);
@@ -104,9 +104,11 @@ static void drop_at_daemon(struct kvd *s, struct life *life, const struct stagin
 
     if (c->serial != life->serial)
         return;
-    error_keep(s->cookie, kept); /* it is dropped because of an error that the caller wants to hear of, not of this one's */
+    error_keep(s->cookie,
+               kept); /* it is dropped because of an error that the caller wants to hear of, not of this one's */
     drop.staging = c->id;
-    mux_request(&life->mux, FRAME_STAGING_DROP, body, kvd__v1__staging_drop__pack(&drop, body), NULL, 0, DROP_MSEC, NULL);
+    mux_request(&life->mux, FRAME_STAGING_DROP, body, kvd__v1__staging_drop__pack(&drop, body), NULL, 0, DROP_MSEC,
+                NULL);
     error_set(s->cookie, 0, "%s", kept);
 }
 
@@ -177,8 +179,8 @@ static int take_locked(struct kvd *s, struct life *life, uint64_t least, uint64_
     uint64_t limit = limit_of(g, life), size = chunk_size(least, most, limit);
 
     if (size > limit)
-        return error_set(s->cookie, KVD_E_LIMIT, "a block takes %llu bytes of staging; allowed: %llu", (unsigned long long)least,
-                         (unsigned long long)limit);
+        return error_set(s->cookie, KVD_E_LIMIT, "a block takes %llu bytes of staging; allowed: %llu",
+                         (unsigned long long)least, (unsigned long long)limit);
     for (;;) {
         bool full = g->full_serial == life->serial && g->chunks;
         struct staging_chunk *c = find_free(g, most);
@@ -206,7 +208,8 @@ static int take_locked(struct kvd *s, struct life *life, uint64_t least, uint64_
     }
 }
 
-/* Takes out a chunk that the daemon would not have. Returns true if there are others, so that one of them may be waited for. */
+/* Takes out a chunk that the daemon would not have. Returns true if there are others, so that one of them may be
+ * waited for. */
 static bool give_up_chunk(struct kvd *s, struct life *life, struct staging_chunk *c, bool full)
 {
     bool others;
@@ -222,7 +225,8 @@ static bool give_up_chunk(struct kvd *s, struct life *life, struct staging_chunk
     return others;
 }
 
-int staging_take(struct kvd *s, struct life *life, uint64_t least_bytes, uint64_t most_bytes, struct staging_chunk **ret)
+int staging_take(struct kvd *s, struct life *life, uint64_t least_bytes, uint64_t most_bytes,
+                 struct staging_chunk **ret)
 {
     struct staging_chunk *c = NULL;
     int r;
