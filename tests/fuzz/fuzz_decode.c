@@ -1,11 +1,13 @@
 /* Decoding bytes that no encoder wrote: numbers come out, nothing else happens; every variant agrees with the scalar one.
- * | codec | role | dim / 16 | tokens | dtype | t0 | t1 | code bytes ... | */
+ * | codec | role | dim | tokens | dtype | t0 | t1 | code bytes ... | */
 #include <stdlib.h>
 #include <string.h>
 
 #include "kernels/codec/codec.h"
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
+
+static const uint32_t dims[] = {16, 32, 48, 64, 80, 96, 112, 128, 192, 256, 512, 576};
 
 static void take(uint8_t *to, size_t n, const uint8_t **data, size_t *size)
 {
@@ -36,8 +38,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     role = data[1] % 2;
     if (codec_spec_parse(codec_spec_example(data[0] % n_examples), role, &spec, NULL) < 0)
         abort();
-    dim = (1 + data[2] % 36) * 16;
-    n_tokens = 1 + data[3] % 64;
+    dim = dims[data[2] % (sizeof(dims) / sizeof(dims[0]))];
+    n_tokens = 1 + data[3] % 20;
     dtype = 1 + data[4] % 3;
     t0 = data[5] % n_tokens;
     t1 = t0 + 1 + data[6] % (n_tokens - t0);

@@ -1,6 +1,6 @@
 /* Encoding any bit patterns as numbers: either refused with a reason that can be found, or bytes that every variant writes alike
- * and that decode to finite numbers.
- * | codec | role | dim / 16 | tokens | dtype | numbers ... | */
+ * and that decode to finite numbers (unless some were beyond 2^100: a rotation back may then leave fp32).
+ * | codec | role | dim | tokens | dtype | numbers ... | */
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -8,6 +8,23 @@
 #include "kernels/codec/codec.h"
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
+
+static const uint32_t dims[] = {16, 32, 48, 64, 80, 96, 112, 128, 192, 256, 512, 576};
+
+static bool sane(enum codec_dtype dtype, const uint8_t *src, size_t n)
+{
+    for (size_t i = 0; i < n && dtype != CODEC_F16; i++) {
+        uint32_t bits = 0;
+
+        if (dtype == CODEC_F32)
+            memcpy(&bits, src + 4 * i, 4);
+        else
+            memcpy((char *)&bits + 2, src + 2 * i, 2);
+        if ((bits >> 23 & 0xff) > 127 + 100)
+            return false;
+    }
+    return true;
+}
 
 static void check_decode(const struct codec_spec *spec, const uint8_t *side, const uint8_t *codes, uint32_t n_tokens,
                          uint32_t dim)
@@ -45,8 +62,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     role = data[1] % 2;
     if (codec_spec_parse(codec_spec_example(data[0] % n_examples), role, &spec, NULL) < 0)
         abort();
-    dim = (1 + data[2] % 36) * 16;
-    n_tokens = 1 + data[3] % 64;
+    dim = dims[data[2] % (sizeof(dims) / sizeof(dims[0]))];
+    n_tokens = 1 + data[3] % 20;
     dtype = 1 + data[4] % 3;
     if (codec_check(&spec, NULL, role, n_tokens, dim, NULL) < 0)
         return 0;
@@ -68,14 +85,17 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
                       b + side_bytes);
     if ((r < 0) != (r2 < 0))
         abort();
-    if (codec_find_refused(&spec, dtype, src, src_bytes / n_tokens, n_tokens, dim, &fault) < 0)
-        abort();
-    if ((r < 0) != (fault.kind != CODEC_FAULT_NONE))
-        abort();
+    if (r < 0 || data[3] >= 224) { /* slow: not for all that is accepted */
+        if (codec_find_refused(&spec, dtype, src, src_bytes / n_tokens, n_tokens, dim, &fault) < 0)
+            abort();
+        if ((r < 0) != (fault.kind != CODEC_FAULT_NONE))
+            abort();
+    }
     if (r == 0) {
         if (memcmp(a, b, side_bytes + code_bytes) != 0)
             abort();
-        check_decode(&spec, a, a + side_bytes, n_tokens, dim);
+        if (sane(dtype, src, (size_t)n_tokens * dim))
+            check_decode(&spec, a, a + side_bytes, n_tokens, dim);
     }
     free(src);
     free(a);

@@ -36,7 +36,7 @@ static uint64_t now_usec(void *ctx)
 static struct bed *make_bed(void)
 {
     static const uint32_t window = 0;
-    static const struct space_layer_desc layer = {1, 16, 0, 0, "raw", NULL, "raw", NULL};
+    static const struct space_layer_desc layer = {64, 256, 0, 0, "raw", NULL, "raw", NULL}; /* 64 KiB: few slots to check */
     struct space_desc desc = {.model = "m", .revision = "", .rope = "", .shard = "", .dtype = CODEC_F16, .block_tokens = 2,
                               .window_tokens = &window, .n_groups = 1, .layers = &layer, .n_layers = 1};
     struct bed *b = calloc(1, sizeof(*b));
@@ -70,7 +70,7 @@ static void publish(struct bed *b, uint8_t how)
     memcpy(key, &b->next, sizeof(b->next));
     r = cache_reserve(b->cache, b->space, 0, key, b->parent, false, &slot);
     if (r == CACHE_RESERVED) {
-        memset(slot.payload, (int)b->next, slot.bytes);
+        memset(slot.payload, (int)b->next, 64);
         if (how % 8 == 0) {
             cache_abort(b->cache, &slot);
             b->next = (b->next + CHAIN - 1) / CHAIN * CHAIN;
