@@ -36,6 +36,7 @@ enum { TOKENS = 16, DIM = 64, BLOCK_BYTES = 2 * TOKENS * DIM * 4, STAGING_BYTES 
 struct gate {
     struct job job;
     sem_t open, reached;
+    bool passed;
 };
 
 struct bed {
@@ -54,7 +55,7 @@ static void gate_run(struct job *job)
 
 static void gate_done(struct job *job)
 {
-    (void)job;
+    ((struct gate *)job)->passed = true;
 }
 
 /* The helper thread stands still from here on until gate_open(). */
@@ -63,6 +64,7 @@ static void gate_shut(struct bed *b)
     sem_init(&b->gate.open, 0, 0);
     sem_init(&b->gate.reached, 0, 0);
     b->gate.job = (struct job){.run = gate_run, .done = gate_done};
+    b->gate.passed = false;
     jobs_submit(b->d->jobs, &b->gate.job);
     while (sem_wait(&b->gate.reached) < 0)
         ;
@@ -71,6 +73,10 @@ static void gate_shut(struct bed *b)
 static void gate_open(struct bed *b)
 {
     sem_post(&b->gate.open);
+    while (!b->gate.passed) /* its memory will be used for the next one */
+        ck_assert_int_ge(sd_event_run(b->d->event, UINT64_MAX), 0);
+    sem_destroy(&b->gate.open);
+    sem_destroy(&b->gate.reached);
 }
 
 static void bed_init(struct bed *b, const char *config)
@@ -524,7 +530,7 @@ START_TEST(the_daemon_ends_in_the_middle)
     gate_shut(&b);
     publish(&p, k, 2);
     settle(&b);
-    gate_open(&b);
+    sem_post(&b.gate.open);
     b.d = daemon_destroy(b.d); /* each block is published or given back, and the worker is told */
     ck_assert(answered(&p));
     ck_assert_uint_eq(p.h.type, FRAME_PUBLISH | FRAME_REPLY);

@@ -171,6 +171,12 @@ tests_fuzz_fuzz_page_LDADD = $(KVD_STORE_LIBS) $(FUZZ_LIBS)
 tests_fuzz_fuzz_page_LDFLAGS = $(FUZZ_LINK)
 EXTRA_DIST += tests/fuzz/corpus/page
 
+FUZZ_TARGETS += tests/fuzz/fuzz_frames
+tests_fuzz_fuzz_frames_SOURCES = tests/fuzz/fuzz_frames.c
+tests_fuzz_fuzz_frames_LDADD = $(KVD_DAEMON_LIBS) $(FUZZ_LIBS)
+tests_fuzz_fuzz_frames_LDFLAGS = $(FUZZ_LINK)
+EXTRA_DIST += tests/fuzz/corpus/frames
+
 FUZZ_TARGETS += tests/fuzz/fuzz_options
 tests_fuzz_fuzz_options_SOURCES = tests/fuzz/fuzz_options.c
 tests_fuzz_fuzz_options_LDADD = $(KVD_DAEMON_LIBS) $(FUZZ_LIBS)
