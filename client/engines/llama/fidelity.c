@@ -119,7 +119,8 @@ static void compare(struct fidelity *f, const float *logits, uint32_t first, uin
 
 /* ---- The prefix through a codec ---------------------------------------------------------------------------------- */
 
-/* Copies rows [first, first + n) of one layer's K or V, each block of each head through its codec. dst and src point to row first. */
+/* Copies rows [first, first + n) of one layer's K or V, each block of each head through its codec. dst and src point
+ * to row first. */
 static int code_rows(const struct fidelity_options *options, const char *plain, const char *wide, bool is_v, bool f32,
                      uint32_t n_heads, uint32_t dim, uint32_t first, uint32_t n, const uint8_t *src, uint8_t *dst)
 {
@@ -230,7 +231,8 @@ int fidelity_begin(struct fidelity *f, const uint32_t *tokens)
     f->tokens = tokens;
     engine_reset(f->engine);
     r = engine_compute(f->engine, tokens, 0, f->options.prefix_tokens, record, f);
-    /* The exact prefix is put like the coded ones, so that every token is in the same cell and only the codec differs. */
+    /* The exact prefix is put like the coded ones, so that every token is in the same cell and only the codec differs.
+     * */
     if (r >= 0)
         r = put_prefix(f, NULL);
     return r < 0 ? r : compute_tail(f, keep);
@@ -247,20 +249,42 @@ int fidelity_measure(struct fidelity *f, const struct fidelity_codec *codec, str
     return r;
 }
 
+/* Publishes the exact prefix from token first on, in pieces of at most this many blocks: staging memory is limited. */
+#define PUBLISH_BLOCKS 32u
+
+static int publish_prefix(struct fidelity *f, struct sharing *sharing, uint32_t first)
+{
+    const struct kvstate_layout *layout = f->engine->layout;
+    uint32_t block = f->options.block_tokens, n_blocks = f->options.prefix_tokens / block;
+    struct kvstate_rows *rows = calloc(layout->n_layers, sizeof(*rows));
+    int r = rows ? 0 : -ENOMEM;
+
+    for (uint32_t i = 0; rows && i < layout->n_layers; i++)
+        rows[i] = (struct kvstate_rows){f->k[i], f->v[i], 0};
+    for (uint32_t at = first / block; r == 0 && at < n_blocks; at += PUBLISH_BLOCKS) {
+        uint32_t n = n_blocks - at < PUBLISH_BLOCKS ? n_blocks - at : PUBLISH_BLOCKS;
+
+        if (sharing_publish_rows(sharing, at * block, n, rows) != 0)
+            r = -EIO;
+    }
+    free(rows);
+    return r;
+}
+
 int fidelity_measure_shared(struct fidelity *f, struct sharing *sharing, struct fidelity_result *ret)
 {
-    uint32_t n = f->options.prefix_tokens, reused;
-    int r;
+    uint32_t n = f->options.prefix_tokens, reused = sharing_restore(sharing, f->tokens, n + 1);
+    int r = 0;
 
-    engine_reset(f->engine);
-    reused = sharing_restore(sharing, f->tokens, n + 1);
     if (reused < n) {
-        r = engine_compute(f->engine, f->tokens, reused, n, sharing_publish, sharing);
-        if (r < 0)
-            return r;
-        engine_reset(f->engine);
-        if (sharing_restore(sharing, f->tokens, n + 1) < n)
-            return fail(f, -ENODATA, "the prefix is not in the cache though it was published");
+        r = publish_prefix(f, sharing, reused);
+        if (r == 0 && sharing_restore(sharing, f->tokens, n + 1) < n)
+            r = -ENODATA;
+    }
+    if (r < 0) {
+        snprintf(f->engine->error, sizeof(f->engine->error), "a prefix through the daemon: %.400s",
+                 sharing->error[0] ? sharing->error : "it is not in the cache though it was published");
+        return r;
     }
     r = compute_tail(f, compare);
     if (r >= 0)

@@ -1,5 +1,5 @@
-/* What a codec costs a model: a prefix whose K and V went through it, against the exact one, seen in the next-token distributions of
- * a tail that is computed over it. That is what a hit in the cache does. */
+/* What a codec costs a model: a prefix whose K and V went through it, against the exact one, seen in the next-token
+ * distributions of a tail that is computed over it. That is what a hit in the cache does. */
 #ifndef KVD_LLAMA_FIDELITY_H
 #define KVD_LLAMA_FIDELITY_H
 
@@ -31,15 +31,15 @@ struct fidelity;
 struct fidelity *fidelity_create(struct engine *engine, const struct fidelity_options *options);
 struct fidelity *fidelity_destroy(struct fidelity *fidelity);
 
-/* Computes the exact prefix and tail of a text; tokens: [prefix_tokens + tail_tokens + 1], borrowed until the next call.
- * Returns 0, or a negative errno with a text in the engine's error. */
+/* Computes the exact prefix and tail of a text; tokens: [prefix_tokens + tail_tokens + 1], borrowed until the next
+ * call. Returns 0, or a negative errno with a text in the engine's error. */
 int fidelity_begin(struct fidelity *fidelity, const uint32_t *tokens);
 
 /* The text's tail over its prefix after encode and decode in this process. */
 int fidelity_measure(struct fidelity *fidelity, const struct fidelity_codec *codec, struct fidelity_result *ret);
 
-/* The same over the prefix as the daemon hands it out, after publishing it where it is not there yet. prefix_tokens must be whole blocks.
- * -ENODATA: the cache did not hold on to the prefix; the text is in sharing->error. */
+/* The same over the prefix as the daemon hands it out, after publishing it where it is not there yet. prefix_tokens
+ * must be whole blocks. -ENODATA: the cache did not hold on to the prefix. */
 int fidelity_measure_shared(struct fidelity *fidelity, struct sharing *sharing, struct fidelity_result *ret);
 
 #endif

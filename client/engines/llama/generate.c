@@ -65,7 +65,8 @@ int generate(struct engine *engine, struct sharing *sharing, const uint32_t *tok
     return 0;
 }
 
-/* ---- Output ------------------------------------------------------------------------------------------------------- */
+/* ---- Output -------------------------------------------------------------------------------------------------------
+ * */
 
 /* Bytes of the UTF-8 character at p, or 0 if there is none. */
 static size_t utf8_bytes(const unsigned char *p)

@@ -1,7 +1,8 @@
 /* Writes a GGUF model again with every weight dequantised to F32.
  *
- * libllama's CPU kernels round activations to 8 bits where weights are quantised. That noise (a mean next-token KL of some
- * thousandths) is common to every run, but hides the difference that a 4-bit KV cache makes: so fidelity is measured on F32. */
+ * libllama's CPU kernels round activations to 8 bits where weights are quantised. That noise (a mean next-token KL of
+ * some thousandths) is common to every run, but hides the difference that a 4-bit KV cache makes: so fidelity is
+ * measured on F32. */
 #include <llama.h>
 #include <stdio.h>
 

@@ -13,7 +13,8 @@
 #include "report.h"
 #include "sharing.h"
 
-/* Context beyond the prompt and what is generated, so that runs with questions of different lengths have caches of one size. */
+/* Context beyond the prompt and what is generated, so that runs with questions of different lengths have caches of one
+ * size. */
 #define CONTEXT_GRAIN 1024u
 
 struct options {
@@ -60,9 +61,29 @@ static const char help[] =
     "  --tail-tokens N       (512)\n";
 
 enum {
-    OPTION_MODEL = 256, OPTION_PROMPT, OPTION_PROMPT_TOKENS, OPTION_QUESTION, OPTION_N_PREDICT, OPTION_CONTEXT, OPTION_THREADS, OPTION_CACHE_F32, OPTION_JSON,
-    OPTION_SOCKET, OPTION_NO_KVD, OPTION_BLOCK, OPTION_CODEC_K, OPTION_CODEC_V, OPTION_CODEC_FIRST, OPTION_EXACT, OPTION_VERIFY,
-    OPTION_REVISION, OPTION_FIDELITY, OPTION_CODECS, OPTION_PREFIX, OPTION_TAIL, OPTION_HELP
+    OPTION_MODEL = 256,
+    OPTION_PROMPT,
+    OPTION_PROMPT_TOKENS,
+    OPTION_QUESTION,
+    OPTION_N_PREDICT,
+    OPTION_CONTEXT,
+    OPTION_THREADS,
+    OPTION_CACHE_F32,
+    OPTION_JSON,
+    OPTION_SOCKET,
+    OPTION_NO_KVD,
+    OPTION_BLOCK,
+    OPTION_CODEC_K,
+    OPTION_CODEC_V,
+    OPTION_CODEC_FIRST,
+    OPTION_EXACT,
+    OPTION_VERIFY,
+    OPTION_REVISION,
+    OPTION_FIDELITY,
+    OPTION_CODECS,
+    OPTION_PREFIX,
+    OPTION_TAIL,
+    OPTION_HELP
 };
 
 static const struct option long_options[] = {
@@ -117,30 +138,78 @@ static void take_option(struct options *o, int option, const char *name)
     uint32_t n;
 
     switch (option) {
-    case OPTION_MODEL: o->model_path = optarg; break;
-    case OPTION_PROMPT: o->prompt_path = optarg; break;
-    case OPTION_PROMPT_TOKENS: number(name, optarg, 1, 1 << 24, &o->n_prompt_max); break;
-    case OPTION_QUESTION: o->question = optarg; break;
-    case OPTION_N_PREDICT: number(name, optarg, 1, 1 << 20, &o->n_predict); break;
-    case OPTION_CONTEXT: number(name, optarg, 1, 1 << 24, &o->n_context); break;
-    case OPTION_THREADS: number(name, optarg, 1, 512, &n), o->n_threads = (int)n; break;
-    case OPTION_CACHE_F32: o->cache_f32 = true; break;
-    case OPTION_JSON: o->json = true; break;
-    case OPTION_SOCKET: o->sharing.socket_path = optarg, o->socket_given = true; break;
-    case OPTION_NO_KVD: o->use_kvd = false; break;
-    case OPTION_BLOCK: number(name, optarg, 1, 512, &o->sharing.block_tokens); break;
-    case OPTION_CODEC_K: o->sharing.codec_k = optarg; break;
-    case OPTION_CODEC_V: o->sharing.codec_v = optarg; break;
-    case OPTION_CODEC_FIRST: o->sharing.codec_first = optarg; break;
-    case OPTION_EXACT: o->sharing.exact = true; break;
-    case OPTION_VERIFY: o->sharing.verify = true; break;
-    case OPTION_REVISION: o->revision = optarg; break;
-    case OPTION_FIDELITY: o->fidelity = true; break;
-    case OPTION_CODECS: o->report.codecs = optarg; break;
-    case OPTION_PREFIX: number(name, optarg, 1, 1 << 20, &o->report.prefix_tokens); break;
-    case OPTION_TAIL: number(name, optarg, 1, 1 << 16, &o->report.tail_tokens); break;
-    case OPTION_HELP: fputs(help, stdout); exit(0);
-    default: fputs(help, stderr); exit(2);
+    case OPTION_MODEL:
+        o->model_path = optarg;
+        break;
+    case OPTION_PROMPT:
+        o->prompt_path = optarg;
+        break;
+    case OPTION_PROMPT_TOKENS:
+        number(name, optarg, 1, 1 << 24, &o->n_prompt_max);
+        break;
+    case OPTION_QUESTION:
+        o->question = optarg;
+        break;
+    case OPTION_N_PREDICT:
+        number(name, optarg, 1, 1 << 20, &o->n_predict);
+        break;
+    case OPTION_CONTEXT:
+        number(name, optarg, 1, 1 << 24, &o->n_context);
+        break;
+    case OPTION_THREADS:
+        number(name, optarg, 1, 512, &n), o->n_threads = (int)n;
+        break;
+    case OPTION_CACHE_F32:
+        o->cache_f32 = true;
+        break;
+    case OPTION_JSON:
+        o->json = true;
+        break;
+    case OPTION_SOCKET:
+        o->sharing.socket_path = optarg, o->socket_given = true;
+        break;
+    case OPTION_NO_KVD:
+        o->use_kvd = false;
+        break;
+    case OPTION_BLOCK:
+        number(name, optarg, 1, 512, &o->sharing.block_tokens);
+        break;
+    case OPTION_CODEC_K:
+        o->sharing.codec_k = optarg;
+        break;
+    case OPTION_CODEC_V:
+        o->sharing.codec_v = optarg;
+        break;
+    case OPTION_CODEC_FIRST:
+        o->sharing.codec_first = optarg;
+        break;
+    case OPTION_EXACT:
+        o->sharing.exact = true;
+        break;
+    case OPTION_VERIFY:
+        o->sharing.verify = true;
+        break;
+    case OPTION_REVISION:
+        o->revision = optarg;
+        break;
+    case OPTION_FIDELITY:
+        o->fidelity = true;
+        break;
+    case OPTION_CODECS:
+        o->report.codecs = optarg;
+        break;
+    case OPTION_PREFIX:
+        number(name, optarg, 1, 1 << 20, &o->report.prefix_tokens);
+        break;
+    case OPTION_TAIL:
+        number(name, optarg, 1, 1 << 16, &o->report.tail_tokens);
+        break;
+    case OPTION_HELP:
+        fputs(help, stdout);
+        exit(0);
+    default:
+        fputs(help, stderr);
+        exit(2);
     }
 }
 
@@ -156,7 +225,8 @@ static void parse(int argc, char **argv, struct options *o)
         fputs(help, stderr);
         exit(2);
     }
-    if (o->sharing.codec_k && o->sharing.codec_v && strcmp(o->sharing.codec_k, "raw") == 0 && strcmp(o->sharing.codec_v, "raw") == 0)
+    if (o->sharing.codec_k && o->sharing.codec_v && strcmp(o->sharing.codec_k, "raw") == 0 &&
+        strcmp(o->sharing.codec_v, "raw") == 0)
         o->sharing.exact = true;
     o->report.block_tokens = o->sharing.block_tokens;
     o->report.n_threads = o->n_threads;
@@ -190,7 +260,8 @@ static int digest_file(const char *path, char *ret)
     return r;
 }
 
-/* Attaches. A worker goes on without a cache that it cannot have: then the result is false, and sharing->error says why. */
+/* Attaches. A worker goes on without a cache that it cannot have: then the result is false, and sharing->error says
+ * why. */
 static bool share(const struct options *o, struct engine *engine, struct sharing *sharing)
 {
     struct sharing_options options = o->sharing;

@@ -24,7 +24,8 @@ static size_t layer_v_bytes(const struct kvstate_layer *layer, uint32_t n_cells)
     return 12 + n_cells * layer->v_row_bytes;
 }
 
-/* Cells that a section has in a state of n_tokens that we put: full caches all, rings what an undisturbed run has used. */
+/* Cells that a section has in a state of n_tokens that we put: full caches all, rings what an undisturbed run has
+ * used. */
 static uint32_t n_put_cells(const struct kvstate_group *group, uint32_t n_tokens)
 {
     return group->window_tokens == 0 || n_tokens < group->n_cells ? n_tokens : group->n_cells;
@@ -210,8 +211,8 @@ static size_t put_section_bytes(const struct kvstate_layout *layout, const struc
     return bytes;
 }
 
-/* Writes all of a section but its numbers. A section without layers has the cells of a full cache. *ret_k, *ret_v: the first layer's
- * head. Returns what follows. */
+/* Writes all of a section but its numbers. A section without layers has the cells of a full cache. *ret_k, *ret_v: the
+ * first layer's head. Returns what follows. */
 static uint8_t *write_section(const struct kvstate_layout *layout, const struct kvstate_group *group, uint32_t n_tokens,
                               uint8_t *p, uint8_t **ret_k, uint8_t **ret_v)
 {
@@ -343,8 +344,8 @@ int kvstate_put_begin(kvstate *state, uint32_t n_tokens, const struct kvstate_ro
     return 0;
 }
 
-/* Copies a ring's rows to their cells. Cells whose token is out of the window get zeros: they are there only because an undisturbed run
- * has them too, and are never attended. */
+/* Copies a ring's rows to their cells. Cells whose token is out of the window get zeros: they are there only because
+ * an undisturbed run has them too, and are never attended. */
 static void fill_ring_k(const struct kvstate_group *group, const struct kvstate_layer *layer,
                         const struct kvstate_rows *rows, uint32_t n_tokens, uint8_t *k)
 {
@@ -424,8 +425,9 @@ int kvstate_put_commit(kvstate *state)
     return 0;
 }
 
-/* After a put, libllama looks for free cells from the end of the ring, that is from its start. An undisturbed run continues at position modulo
- * size. Both find the same cell unless one before it can be used, which holds a token that no later token needs. */
+/* After a put, libllama looks for free cells from the end of the ring, that is from its start. An undisturbed run
+ * continues at position modulo size. Both find the same cell unless one before it can be used, which holds a token
+ * that no later token needs. */
 bool kvstate_is_exact(const struct kvstate_layout *layout, uint32_t n_tokens)
 {
     uint32_t i;

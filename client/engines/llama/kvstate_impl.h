@@ -33,11 +33,12 @@ struct kvstate_reader {
 uint32_t kvstate_read_u32(struct kvstate_reader *r);
 uint64_t kvstate_read_u64(struct kvstate_reader *r);
 void kvstate_skip(struct kvstate_reader *r, uint64_t n);
-/* Reads a section up to its layers. A section without cells ends there. Sets bad on anything but one stream and no rotation. */
+/* Reads a section up to its layers. A section without cells ends there. Sets bad on anything but one stream and no
+ * rotation. */
 void kvstate_read_section_head(struct kvstate_reader *r, struct kvstate_section *section);
 
-/* Understands the state of a sequence of one token and fills in the layout, whose layers have room for all of the model's.
- * Returns 0, or -ENOTSUP with a reason. */
+/* Understands the state of a sequence of one token and fills in the layout, whose layers have room for all of the
+ * model's. Returns 0, or -ENOTSUP with a reason. */
 int kvstate_probe(kvstate *state, const struct llama_model *model, uint32_t n_ubatch, const char **ret_reason);
 
 static inline size_t kvstate_number_bytes(const struct kvstate_layout *layout)

@@ -13,9 +13,9 @@ struct report_options {
     uint32_t n_texts;
 };
 
-/* Measures each codec on each text (the first that is long enough for prefix and tail; shorter ones are passed over with a word on stderr), or,
- * with sharing, the codecs of its space through the daemon. A line for each codec and text, then for each codec over the texts. Returns 0 or a
- * negative errno with a text in the engine's error. */
+/* Measures each codec on each text (the first that is long enough for prefix and tail; shorter ones are passed over
+ * with a word on stderr), or, with sharing, the codecs of its space through the daemon. A line for each codec and
+ * text, then for each codec over the texts. Returns 0 or a negative errno with a text in the engine's error. */
 int report_fidelity(struct engine *engine, struct sharing *sharing, const struct report_options *options);
 
 /* All of a file, 0-terminated, to be freed with free(); "-": standard input. NULL: errno says why. */

@@ -161,8 +161,8 @@ static int match(struct sharing *sharing, uint32_t *ret_n)
     }
 }
 
-/* Names the memory of the layers of one group; all others are left out. shift: rows between what rows->first_token says and the call's
- * range. */
+/* Names the memory of the layers of one group, or of all if that is negative, for a call whose range begins with token
+ * first. */
 static void name_rows(struct sharing *sharing, const struct kvstate_rows *rows, uint32_t first, int only_group)
 {
     const struct kvstate_layout *layout = sharing->engine->layout;
@@ -185,8 +185,8 @@ static void name_rows(struct sharing *sharing, const struct kvstate_rows *rows, 
     }
 }
 
-/* Decodes a group's part of a prefix of n tokens. A window that is no whole number of blocks begins within a block: that one is decoded on the
- * side, and its end copied. */
+/* Decodes a group's part of a prefix of n tokens. A window that is no whole number of blocks begins within a block:
+ * that one is decoded on the side, and its end copied. */
 static int load_group(struct sharing *sharing, const struct kvstate_rows *rows, uint32_t group, uint32_t n)
 {
     const struct kvstate_layout *layout = sharing->engine->layout;
@@ -288,13 +288,31 @@ static void count(struct sharing *sharing, const enum kvd_publish_status *status
         }
 }
 
+int sharing_publish_rows(struct sharing *sharing, uint32_t first, uint32_t n, const struct kvstate_rows *rows)
+{
+    enum kvd_publish_status *status = calloc(n, sizeof(*status));
+    double begun = now_msec();
+    int r;
+
+    if (!status)
+        return fail(sharing, KVD_E_NOMEM, "publishing");
+    name_rows(sharing, rows, first, -1);
+    r = kvd_publish(sharing->prefix, sharing->tokens, sharing->n_tokens, first / sharing->options.block_tokens, n, 0,
+                    dtype_of(sharing), sharing->layers, status);
+    if (r != KVD_OK)
+        fail(sharing, r, "publishing");
+    count(sharing, status, n);
+    free(status);
+    sharing->figures.publish_msec += now_msec() - begun;
+    return r;
+}
+
 int sharing_publish(void *ctx, uint32_t first, uint32_t end)
 {
     struct sharing *sharing = ctx;
     uint32_t block = sharing->options.block_tokens, n = end / block - first / block;
-    enum kvd_publish_status *status;
     const struct kvstate_rows *rows;
-    double begun = now_msec(), taken;
+    double begun = now_msec();
     int r;
 
     if (n == 0)
@@ -305,18 +323,7 @@ int sharing_publish(void *ctx, uint32_t first, uint32_t end)
                  first + n * block, strerror(-r));
         return r;
     }
-    taken = now_msec();
-    name_rows(sharing, rows, first, -1);
-    status = calloc(n, sizeof(*status));
-    if (!status)
-        return -ENOMEM;
-    r = kvd_publish(sharing->prefix, sharing->tokens, sharing->n_tokens, first / block, n, 0, dtype_of(sharing),
-                    sharing->layers, status);
-    if (r != KVD_OK)
-        fail(sharing, r, "publishing");
-    count(sharing, status, n);
-    free(status);
-    sharing->figures.take_msec += taken - begun;
-    sharing->figures.publish_msec += now_msec() - taken;
+    sharing->figures.take_msec += now_msec() - begun;
+    sharing_publish_rows(sharing, first, n, rows); /* told in sharing->error */
     return 0;
 }

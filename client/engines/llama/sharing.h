@@ -1,4 +1,5 @@
-/* One sequence's prefix, shared through kvd: what is cached goes into the engine, what the engine computes goes into the cache. */
+/* One sequence's prefix, shared through kvd: what is cached goes into the engine, what the engine computes goes into
+ * the cache. */
 #ifndef KVD_LLAMA_SHARING_H
 #define KVD_LLAMA_SHARING_H
 
@@ -13,8 +14,8 @@ struct sharing_options {
     uint32_t block_tokens;
     const char *codec_k, *codec_v, *codec_first; /* NULL: libkvd's defaults */
     bool verify;                                 /* check each block's checksum before it is used */
-    /* Reuse only as much as leaves every later token in a micro-batch and a cell that it has without the cache. With codecs that lose nothing
-     * the run is then equal to one without the cache, in every bit. */
+    /* Reuse only as much as leaves every later token in a micro-batch and a cell that it has without the cache. With
+     * codecs that lose nothing the run is then equal to one without the cache, in every bit. */
     bool exact;
 };
 
@@ -39,18 +40,22 @@ struct sharing {
     char error[768]; /* of the last call that failed, or of a publish that did not succeed */
 };
 
-/* Attaches and opens the model's space. engine and what options points to are kept until sharing_close(), which is also to be called after
- * a failure. Returns 0 or an enum kvd_error, with a text in sharing->error. */
+/* Attaches and opens the model's space. engine and what options points to are kept until sharing_close(), which is
+ * also to be called after a failure. Returns 0 or an enum kvd_error, with a text in sharing->error. */
 int sharing_open(struct engine *engine, const struct sharing_options *options, struct sharing *sharing);
 void sharing_close(struct sharing *sharing);
 
-/* Finds the longest cached prefix of tokens that leaves at least one token to compute, and puts it into the engine. tokens are
- * borrowed until the next call. Returns the number of tokens that the engine now holds; 0 on any failure of the cache (its text in
- * sharing->error): a cache must never stop a worker. */
+/* Finds the longest cached prefix of tokens that leaves at least one token to compute, and puts it into the engine.
+ * tokens are borrowed until the next call. Returns the number of tokens that the engine now holds; 0 on any failure of
+ * the cache (its text in sharing->error): a cache must never stop a worker. */
 uint32_t sharing_restore(struct sharing *sharing, const uint32_t *tokens, uint32_t n_tokens);
 
-/* For engine_compute(): publishes the whole blocks of a micro-batch that was just computed; ctx is the sharing. A failure to publish is counted and
- * told in error, and is no failure of the run; negative errno: the engine failed. */
+/* For engine_compute(): publishes the whole blocks of a micro-batch that was just computed; ctx is the sharing. A
+ * failure to publish is counted and told in error, and is no failure of the run; negative errno: the engine failed. */
 int sharing_publish(void *ctx, uint32_t first, uint32_t end);
+
+/* Publishes n whole blocks of the sequence that was last restored, whose K and V are in rows from token first on.
+ * Returns 0, or an enum kvd_error with a text in sharing->error. */
+int sharing_publish_rows(struct sharing *sharing, uint32_t first, uint32_t n, const struct kvstate_rows *rows);
 
 #endif
