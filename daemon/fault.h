@@ -8,7 +8,7 @@
  *     job-submit                    the jobs are refused
  *     any other name                a FAULT_POINT("name"): abort()
  *
- * The C library's calls are caught by the linker (--wrap), so the code that uses them does not know. Any thread. */
+ * The C library's calls are caught by the linker (--wrap, fault_wrap.c), so the code that uses them does not know. Any thread. */
 #ifndef KVD_DAEMON_FAULT_H
 #define KVD_DAEMON_FAULT_H
 

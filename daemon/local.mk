@@ -25,20 +25,17 @@ bin_PROGRAMS += kvd
 kvd_SOURCES = daemon/main.c
 kvd_CPPFLAGS = $(AM_CPPFLAGS) -DKVD_DEFAULT_CONFIG='"$(sysconfdir)/kvd/kvd.conf"'
 kvd_LDADD = $(KVD_DAEMON_LIBS)
+kvd_LDFLAGS = $(AM_LDFLAGS)
 if FAULT_POINTS
-# fault.c stands in for these where a test asks for it.
-KVD_FAULT_WRAP = -Wl,--wrap=malloc,--wrap=calloc,--wrap=realloc \
+kvd_SOURCES += daemon/fault_wrap.c
+kvd_LDFLAGS += -Wl,--wrap=malloc,--wrap=calloc,--wrap=realloc \
 	-Wl,--wrap=memfd_create,--wrap=fallocate,--wrap=mmap,--wrap=sendmsg
-else
-KVD_FAULT_WRAP =
 endif
-kvd_LDFLAGS = $(AM_LDFLAGS) $(KVD_FAULT_WRAP)
 
 # Manual pages, made from the table of options.
 noinst_PROGRAMS += daemon/options_man
 daemon_options_man_SOURCES = daemon/options_man.c
 daemon_options_man_LDADD = $(KVD_DAEMON_LIBS)
-daemon_options_man_LDFLAGS = $(AM_LDFLAGS) $(KVD_FAULT_WRAP)
 
 man_MANS += docs/man/kvd.8 docs/man/kvd.conf.5
 EXTRA_DIST += docs/man/kvd.8.in docs/man/kvd.conf.5.in
