@@ -32,7 +32,9 @@ static void drain_page(struct cache *c, struct cache_page *page)
     uint32_t now = cache_now_ds(c);
 
     if (head - page->log_seen > page->n_log) { /* more than fits, or nonsense: only the last n_log words are there */
-        c->n_hits_lost += head - page->log_seen - page->n_log;
+        uint64_t lost = head - page->log_seen - page->n_log;
+
+        c->n_hits_lost += lost < UINT32_MAX ? lost : UINT32_MAX; /* a worker can write anything there */
         page->log_seen = head - page->n_log;
     }
     for (; page->log_seen != head; page->log_seen++) {
