@@ -33,8 +33,8 @@ void bed_start(struct kv_bed *b, const char *bench)
     b->bench = bench;
     b->seed = 1;
     harness_init(&b->h);
-    harness_option(&b->h, "host_bytes = 1G");
-    harness_option(&b->h, "slab_bytes = 64M");
+    harness_option(&b->h, "host_bytes = 192M");
+    harness_option(&b->h, "slab_bytes = 32M");
     harness_start(&b->h);
     options.socket_path = b->h.socket;
     options.name = bench;
@@ -225,7 +225,7 @@ bool redis_start(struct redis *r, const char *dir)
         if (!freopen("/dev/null", "w", stdout))
             _exit(126);
         execlp("redis-server", "redis-server", "--port", "0", "--unixsocket", r->socket, "--save", "", "--appendonly", "no",
-               "--maxmemory", "1gb", "--maxmemory-policy", "allkeys-lru", "--dir", dir, (char *)NULL);
+               "--dir", dir, (char *)NULL);
         _exit(127);
     }
     for (int i = 0; i < 500; i++) {
@@ -286,8 +286,7 @@ double redis_set(struct redis *r, const void *values, size_t bytes, size_t n)
     char head[128], reply[5];
 
     for (size_t i = 0; i < n; i++) {
-        int m = snprintf(head, sizeof(head), "*3\r\n$3\r\nSET\r\n$16\r\n%016llx\r\n$%zu\r\n",
-                         (unsigned long long)(r->next + i), bytes);
+        int m = snprintf(head, sizeof(head), "*3\r\n$3\r\nSET\r\n$16\r\n%016zx\r\n$%zu\r\n", i, bytes);
 
         send_all(r->fd, head, (size_t)m, (const char *)values + i * bytes, bytes);
     }
@@ -296,7 +295,6 @@ double redis_set(struct redis *r, const void *values, size_t bytes, size_t n)
         if (memcmp(reply, "+OK\r\n", 5) != 0)
             failed("SET");
     }
-    r->next += n;
     return seconds_since(begun);
 }
 
@@ -306,7 +304,7 @@ double redis_get(struct redis *r, void *values, size_t bytes, size_t n)
     char head[128];
 
     for (size_t i = 0; i < n; i++) {
-        int m = snprintf(head, sizeof(head), "*2\r\n$3\r\nGET\r\n$16\r\n%016llx\r\n", (unsigned long long)(r->next - n + i));
+        int m = snprintf(head, sizeof(head), "*2\r\n$3\r\nGET\r\n$16\r\n%016zx\r\n", i);
 
         send_all(r->fd, head, (size_t)m, NULL, 0);
     }

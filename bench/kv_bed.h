@@ -58,14 +58,14 @@ struct redis {
     pid_t pid;
     int fd;
     char socket[100];
-    uint64_t next;
 };
 /* False: there is no redis-server on this machine. */
 bool redis_start(struct redis *r, const char *dir);
 void redis_stop(struct redis *r);
-/* SETs n values of bytes under new keys, all requests before the replies are awaited. Seconds. */
+/* SETs n values of bytes under keys 0 to n - 1 (a key's old value goes, as a full cache's would), all requests before the replies
+ * are awaited. Seconds. */
 double redis_set(struct redis *r, const void *values, size_t bytes, size_t n);
-/* GETs the n values that were set last into values. Seconds. */
+/* GETs them into values, all requests before the replies. Seconds. */
 double redis_get(struct redis *r, void *values, size_t bytes, size_t n);
 
 #endif
