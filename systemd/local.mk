@@ -1,7 +1,8 @@
 # Units and what they need. The paths in them come from configure; docs/operations.md says how to adapt them.
 systemdsystemunit_DATA = systemd/kvd.service systemd/kvd.socket
 
-EXTRA_DIST += systemd/kvd.service.in systemd/kvd.socket.in systemd/kvd.sysusers systemd/kvd.tmpfiles
+EXTRA_DIST += systemd/kvd.service.in systemd/kvd.socket.in systemd/kvd.sysusers systemd/kvd.tmpfiles \
+	systemd/kvd.conf
 CLEANFILES += systemd/kvd.service systemd/kvd.socket
 
 UNIT_EDIT = $(MKDIR_P) systemd && \
@@ -12,13 +13,17 @@ systemd/kvd.service: systemd/kvd.service.in Makefile
 systemd/kvd.socket: systemd/kvd.socket.in Makefile
 	$(AM_V_GEN)$(UNIT_EDIT) $(srcdir)/systemd/kvd.socket.in > $@.tmp && mv $@.tmp $@
 
-# Both are called kvd.conf where they go, so they are renamed on the way.
-install-data-local: install-systemd-conf
-install-systemd-conf:
-	$(MKDIR_P) '$(DESTDIR)$(sysusersdir)' '$(DESTDIR)$(tmpfilesdir)'
+# All three are called kvd.conf where they go, so they are renamed on the way. An administrator's configuration is kept.
+install-data-local: install-confs
+install-confs:
+	$(MKDIR_P) '$(DESTDIR)$(sysusersdir)' '$(DESTDIR)$(tmpfilesdir)' '$(DESTDIR)$(sysconfdir)/kvd'
 	$(INSTALL_DATA) $(srcdir)/systemd/kvd.sysusers '$(DESTDIR)$(sysusersdir)/kvd.conf'
 	$(INSTALL_DATA) $(srcdir)/systemd/kvd.tmpfiles '$(DESTDIR)$(tmpfilesdir)/kvd.conf'
-uninstall-local: uninstall-systemd-conf
-uninstall-systemd-conf:
+	test -e '$(DESTDIR)$(sysconfdir)/kvd/kvd.conf' || \
+		$(INSTALL_DATA) $(srcdir)/systemd/kvd.conf '$(DESTDIR)$(sysconfdir)/kvd/kvd.conf'
+uninstall-local: uninstall-confs
+uninstall-confs:
 	rm -f '$(DESTDIR)$(sysusersdir)/kvd.conf' '$(DESTDIR)$(tmpfilesdir)/kvd.conf'
-.PHONY: install-systemd-conf uninstall-systemd-conf
+	! cmp -s $(srcdir)/systemd/kvd.conf '$(DESTDIR)$(sysconfdir)/kvd/kvd.conf' || \
+		rm -f '$(DESTDIR)$(sysconfdir)/kvd/kvd.conf'
+.PHONY: install-confs uninstall-confs

@@ -72,8 +72,12 @@ KVD_SOCKET=$work/kvd.sock
 export LD_LIBRARY_PATH KVD_SOCKET
 kvd=$(find "$root" -type f -name kvd -perm -100)
 [ -n "$kvd" ] || fail "the daemon was not installed"
-: >"$work/kvd.conf"
-"$kvd" --config "$work/kvd.conf" --socket "$KVD_SOCKET" >"$work/kvd.log" 2>&1 &
+conf=$(find "$root" -path '*/kvd/kvd.conf')
+[ -n "$conf" ] || fail "no configuration was installed, and the unit names one"
+"$kvd" --config "$conf" --check || fail "the daemon refuses the configuration that comes with it"
+sed 's/^#\([a-z_]* = .\)/\1/' "$conf" >"$work/examples.conf"
+"$kvd" --config "$work/examples.conf" --check || fail "the configuration's examples are not options of the daemon"
+"$kvd" --config "$conf" --socket "$KVD_SOCKET" >"$work/kvd.log" 2>&1 &
 daemon=$!
 tries=0
 until [ -S "$KVD_SOCKET" ]; do
