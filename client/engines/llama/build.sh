@@ -14,6 +14,7 @@ top=$(cd "$here/../../.." && pwd)
 engine=$1
 build=$(cd "$2" && pwd)
 out=$3
+[[ -f $engine/include/llama.h ]] || { echo "build.sh: $engine has no llama.h: fetch.sh engine makes one that has" >&2; exit 1; }
 [[ -f $build/.libs/libkvd.so ]] || { echo "build.sh: $build has no libkvd yet: make it first" >&2; exit 1; }
 
 mkdir -p "$out/o"

@@ -4,6 +4,7 @@
  * and a model. */
 #include "kvstate.h"
 
+#include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -38,14 +39,14 @@ static void require(bool ok, const char *what)
     }
 }
 
-static struct llama_context *new_context(struct llama_model *model, const struct variant *variant)
+static struct llama_context *new_context(struct llama_model *model, const struct variant *variant, uint32_t n_sequences)
 {
     struct llama_context_params params = llama_context_default_params();
     struct llama_context *context;
 
     params.n_ctx = N_CONTEXT;
     params.n_batch = params.n_ubatch = N_UBATCH;
-    params.n_seq_max = 1;
+    params.n_seq_max = n_sequences;
     params.n_threads = params.n_threads_batch = 2;
     params.flash_attn_type = variant->flash;
     params.type_k = params.type_v = variant->type;
@@ -121,7 +122,7 @@ static void check(struct llama_model *model, const struct variant *variant, llam
     const size_t n_vocab = (size_t)llama_vocab_n_tokens(llama_model_get_vocab(model));
     float *cold = malloc((N_GREEDY + 1) * n_vocab * sizeof(float)),
           *warm = malloc((N_GREEDY + 1) * n_vocab * sizeof(float));
-    struct llama_context *context = new_context(model, variant);
+    struct llama_context *context = new_context(model, variant, 1);
     const struct kvstate_layout *layout;
     const struct kvstate_rows *rows;
     struct recorder recorder;
@@ -147,7 +148,7 @@ static void check(struct llama_model *model, const struct variant *variant, llam
     kvstate_destroy(state);
     llama_free(context);
 
-    context = new_context(model, variant);
+    context = new_context(model, variant, 1);
     require(kvstate_create(context, N_UBATCH, &state, &reason) == 0, "a second context");
     layout = kvstate_get_layout(state);
     put(state, &recorder, n_reused);
@@ -169,6 +170,17 @@ static void check(struct llama_model *model, const struct variant *variant, llam
     free(warm);
 }
 
+static void check_refused(struct llama_model *model, const struct variant *variant, uint32_t n_sequences)
+{
+    struct llama_context *context = new_context(model, variant, n_sequences);
+    const char *reason = NULL;
+    kvstate *state = NULL;
+
+    require(kvstate_create(context, N_UBATCH, &state, &reason) == -ENOTSUP && !state && reason, "a layout is refused");
+    printf("%-14s %5u sequences: refused: %s\n", variant->name, n_sequences, reason);
+    llama_free(context);
+}
+
 int main(int argc, char **argv)
 {
     static const struct variant variants[] = {
@@ -176,6 +188,7 @@ int main(int argc, char **argv)
         {"flash fp32", LLAMA_FLASH_ATTN_TYPE_ENABLED, GGML_TYPE_F32},
         {"no flash fp16", LLAMA_FLASH_ATTN_TYPE_DISABLED, GGML_TYPE_F16},
     };
+    static const struct variant quantised = {"flash q8_0", LLAMA_FLASH_ATTN_TYPE_ENABLED, GGML_TYPE_Q8_0};
     static const uint32_t reused[] = {64, 512, 1024, 1536, 2048, 3072};
     struct llama_model *model;
     unsigned int seed = argc > 2 ? (unsigned int)strtoul(argv[2], NULL, 10) : 1;
@@ -193,6 +206,8 @@ int main(int argc, char **argv)
     require(model, "the model");
     for (int i = 0; i < N_CONTEXT; i++)
         tokens[i] = rand_r(&seed) % llama_vocab_n_tokens(llama_model_get_vocab(model));
+    check_refused(model, &quantised, 1);
+    check_refused(model, &variants[0], 2);
     for (size_t v = 0; v < sizeof(variants) / sizeof(variants[0]); v++)
         for (size_t i = 0; i < sizeof(reused) / sizeof(reused[0]); i++)
             if (v == 0 || i == 2 || i == 4)
