@@ -16,6 +16,7 @@ bench_bench_codec_LDADD = $(KVD_KERNELS_LIBS)
 
 # libkvdtest: real daemons and real workers, for benches and for suites; built where something links it.
 EXTRA_LTLIBRARIES = tests/libkvdtest.la
+CLEANFILES += $(EXTRA_LTLIBRARIES)
 tests_libkvdtest_la_SOURCES = tests/content.c tests/content.h tests/harness.c tests/harness.h tests/rawclient.c tests/rawclient.h
 KVD_TEST_LIBS = tests/libkvdtest.la $(KVD_CLIENT_LIBS)
 

@@ -256,6 +256,55 @@ START_TEST(daemons_die)
 }
 END_TEST
 
+#ifdef KVD_FAULT_POINTS
+/* The daemon dies at a chosen instruction of a publish, not at a random one. */
+static const char *const points[] = {"publish-after-reserve", "publish-after-submit", "publish-before-commit",
+                                     "publish-after-commit", "publish-before-reply"};
+enum { N_POINTS = sizeof(points) / sizeof(points[0]), MEETINGS = 6 };
+
+START_TEST(a_daemon_dies_at_a_point)
+{
+    struct harness h;
+    struct worker w;
+    char fault[64];
+    uint64_t begun;
+
+    snprintf(fault, sizeof(fault), "%s:%d", points[_i / MEETINGS], 2 + _i % MEETINGS);
+    harness_init(&h);
+    setenv("KVD_FAULT", fault, 1);
+    harness_start(&h);
+    unsetenv("KVD_FAULT");
+    worker_start(&w, &h, (uid_t)-1);
+    ck_assert_int_eq(strncmp(worker_ask(&w, "open 0 raw 64"), "ok ", 3), 0);
+    ck_assert_int_eq(strncmp(worker_ask(&w, "open 1 raw 64"), "ok ", 3), 0);
+    ck_assert_str_eq(worker_ask(&w, "match 0 1 16"), "ok 0");
+    ck_assert_str_eq(worker_ask(&w, "publish 0 0 1 0"), "ok 1 0 0"); /* the first meeting is let pass */
+    ck_assert_str_eq(worker_ask(&w, "match 0 1 16"), "ok 16");
+    for (int p = 1; p <= 2 * MEETINGS && harness_alive(&h); p++) {
+        worker_ask(&w, "match 1 %d 96", p * 64);
+        worker_ask(&w, "publish 1 0 6 0");
+    }
+    ck_assert_msg(!harness_alive(&h), "%s was never met", fault);
+    h.pid = 0; /* collected by harness_alive() */
+    ck_assert_int_eq(strncmp(w.reply, "error ", 6), 0);
+    ck_assert_str_eq(worker_ask(&w, "load 0 verify"), "ok 1 0 0"); /* what is leased stays */
+    harness_start(&h);
+    for (begun = test_usec(); strcmp(worker_ask(&w, "ping"), "ok") != 0; test_sleep_usec(10000))
+        if (test_usec() - begun > 30000000)
+            test_die(&h, "the worker has not attached again after 30 s");
+    ck_assert_str_eq(worker_ask(&w, "match 1 64 96"), "ok 0");
+    ck_assert_str_eq(worker_ask(&w, "publish 1 0 6 0"), "ok 6 0 0");
+    ck_assert_str_eq(worker_ask(&w, "match 1 64 96"), "ok 96");
+    ck_assert_str_eq(worker_ask(&w, "load 1 verify"), "ok 6 0 0");
+    ck_assert_int_eq(worker_stop(&w), 0);
+    ck_assert(harness_quiet(&h, 0, 20000));
+    ck_assert_uint_eq(harness_stat(&h, "kvd_tenant_reserved_blocks", NULL), 0);
+    ck_assert_int_eq(harness_stop(&h), 0);
+    harness_deinit(&h);
+}
+END_TEST
+#endif
+
 int main(int argc, char **argv)
 {
     Suite *suite = suite_create("kill");
@@ -274,6 +323,9 @@ int main(int argc, char **argv)
     tcase_set_timeout(tc, 3600);
     tcase_add_test(tc, workers_die);
     tcase_add_test(tc, daemons_die);
+#ifdef KVD_FAULT_POINTS
+    tcase_add_loop_test(tc, a_daemon_dies_at_a_point, 0, N_POINTS * MEETINGS);
+#endif
     suite_add_tcase(suite, tc);
     srunner_run_all(runner, CK_NORMAL);
     n_failed = srunner_ntests_failed(runner);
