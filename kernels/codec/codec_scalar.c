@@ -13,29 +13,32 @@ static void row_load(enum codec_dtype dtype, const void *src, uint32_t dim, floa
 {
     const uint8_t *p = src;
 
-    for (uint32_t i = 0; i < dim; i++)
-        x[i] = dtype == CODEC_F16    ? f16_to_f32(load_u16(p + 2 * i))
-               : dtype == CODEC_BF16 ? bf16_to_f32(load_u16(p + 2 * i))
-                                     : f32_from_bits(load_u32(p + 4 * i));
+    if (dtype == CODEC_F16)
+        for (uint32_t i = 0; i < dim; i++)
+            x[i] = f16_to_f32(load_u16(p + 2 * i));
+    else if (dtype == CODEC_BF16)
+        for (uint32_t i = 0; i < dim; i++)
+            x[i] = bf16_to_f32(load_u16(p + 2 * i));
+    else
+        for (uint32_t i = 0; i < dim; i++)
+            x[i] = f32_from_bits(load_u32(p + 4 * i));
 }
 
 static void row_store(enum codec_dtype dtype, const float *x, uint32_t dim, void *dst)
 {
     uint8_t *p = dst;
 
-    if (dtype == CODEC_F32) {
+    if (dtype == CODEC_F32)
         memcpy(p, x, 4 * (size_t)dim);
-        return;
-    }
-    for (uint32_t i = 0; i < dim; i++) {
-        float v = x[i];
+    else if (dtype == CODEC_BF16)
+        for (uint32_t i = 0; i < dim; i++)
+            store_u16(p + 2 * i, f32_to_bf16(x[i]));
+    else
+        for (uint32_t i = 0; i < dim; i++) {
+            float v = F16_MAX < x[i] ? F16_MAX : x[i];
 
-        if (dtype == CODEC_F16) {
-            v = F16_MAX < v ? F16_MAX : v;
-            v = -F16_MAX > v ? -F16_MAX : v;
+            store_u16(p + 2 * i, f32_to_f16(-F16_MAX > v ? -F16_MAX : v));
         }
-        store_u16(p + 2 * i, dtype == CODEC_F16 ? f32_to_f16(v) : f32_to_bf16(v));
-    }
 }
 
 /* Walsh-Hadamard in natural order over each run of `block` values, smallest stride first, not scaled. */
@@ -94,7 +97,8 @@ static uint32_t nibble_get(const uint8_t *codes, uint32_t i)
  * whole in quarters, so after rounding up only integers are compared. Never the code of -0. */
 static uint32_t e2m1_code(float y)
 {
-    int32_t k = y > 24 ? 24 : y > -24 ? (int32_t)ceilf(y) : -24, n = k - 1;
+    float within = y > 24 ? 24 : y > -24 ? y : -24;
+    int32_t k = (int32_t)within, n = k - !((float)k < within); /* rounded up, less one */
     uint32_t j = (uint32_t)(n < 0 ? ~n : n) & 31, mag = codec_e2m1_mag[j < 15 ? j : 15] + (j >= 20);
 
     return n < 0 && mag ? 8 | mag : mag;
@@ -387,15 +391,24 @@ static int kc4_encode(const struct codec_spec *spec, enum codec_dtype dtype, con
     return 0;
 }
 
-/* low[0..dim) and high[dim..2 dim) in fp16. */
-static void kc4_decode_row(const struct codec_spec *spec, const uint8_t *side, const uint8_t *codes, uint32_t dim, float *x)
+/* Side data: low[0..dim) and high[dim..2 dim) in fp16. */
+static void kc4_decode(const struct codec_spec *spec, const uint8_t *side, const uint8_t *codes, uint32_t dim, uint32_t t0,
+                       uint32_t t1, enum codec_dtype dtype, uint8_t *dst, size_t stride)
 {
-    for (uint32_t i = 0; i < dim; i++) {
-        float low = f16_to_f32(load_u16(side + 2 * i)), high = f16_to_f32(load_u16(side + 2 * (dim + i)));
-        uint32_t code = nibble_get(codes, i);
-        float product = kc4_step(low, high, spec->grid) * codec_kc4_steps[spec->grid][code];
+    float low[CODEC_DIM_MAX], high[CODEC_DIM_MAX], step[CODEC_DIM_MAX], x[CODEC_DIM_MAX];
 
-        x[i] = (codec_kc4_from_high[spec->grid] >> code & 1 ? high : low) + product;
+    row_load(CODEC_F16, side, dim, low);
+    row_load(CODEC_F16, side + 2 * dim, dim, high);
+    for (uint32_t i = 0; i < dim; i++)
+        step[i] = kc4_step(low[i], high[i], spec->grid);
+    for (uint32_t t = t0; t < t1; t++, dst += stride) {
+        for (uint32_t i = 0; i < dim; i++) {
+            uint32_t code = nibble_get(codes + t * (dim / 2), i);
+            float product = step[i] * codec_kc4_steps[spec->grid][code];
+
+            x[i] = (codec_kc4_from_high[spec->grid] >> code & 1 ? high[i] : low[i]) + product;
+        }
+        row_store(dtype, x, dim, dst);
     }
 }
 
@@ -445,8 +458,7 @@ static void decode_row(const struct codec_spec *spec, const uint8_t *side, const
     case CODEC_TQ3:
         tq_decode_row(spec, side + 2 * t, codes, dim, x);
         break;
-    case CODEC_KC4:
-        kc4_decode_row(spec, side, codes, dim, x);
+    case CODEC_KC4: /* not by rows */
         break;
     }
 }
@@ -457,6 +469,10 @@ static void scalar_decode(const struct codec_spec *spec, const void *side, const
     float x[CODEC_DIM_MAX];
 
     (void)n_tokens;
+    if (spec->id == CODEC_KC4) {
+        kc4_decode(spec, side, codes, dim, t0, t1, dtype, dst, stride_bytes);
+        return;
+    }
     for (uint32_t t = t0; t < t1; t++) {
         uint8_t *p = (uint8_t *)dst + (t - t0) * stride_bytes;
 
