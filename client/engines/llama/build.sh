@@ -40,6 +40,7 @@ for name in engine fidelity generate kvd-llama kvstate kvstate_probe report shar
 done
 compile divergence -O3 -ffast-math
 
+# shellcheck disable=SC2054 # the comma is the linker's
 libllama=(-L"$engine/lib" -Wl,-rpath,"$engine/lib" -lllama -lggml -lggml-base)
 link()
 {
