@@ -118,12 +118,20 @@ tests_test_nosyscall_SOURCES = tests/test_nosyscall.c
 tests_test_nosyscall_LDADD = $(KVD_TEST_LIBS) $(TEST_LIBS)
 
 SUITES += tests/test_limits
-tests_test_limits_SOURCES = tests/test_limits.c
+tests_test_limits_SOURCES = tests/test_limits.c tests/limits_fixture.h
 tests_test_limits_LDADD = $(KVD_TEST_LIBS) $(TEST_LIBS)
 
 SUITES += tests/test_hostile
-tests_test_hostile_SOURCES = tests/test_hostile.c
+tests_test_hostile_SOURCES = tests/test_hostile.c tests/hostile_fixture.h
 tests_test_hostile_LDADD = $(KVD_TEST_LIBS) $(TEST_LIBS)
+
+SUITES += tests/test_room
+tests_test_room_SOURCES = tests/test_room.c tests/limits_fixture.h
+tests_test_room_LDADD = $(KVD_TEST_LIBS) $(TEST_LIBS)
+
+SUITES += tests/test_isolation
+tests_test_isolation_SOURCES = tests/test_isolation.c tests/hostile_fixture.h
+tests_test_isolation_LDADD = $(KVD_TEST_LIBS) $(TEST_LIBS)
 
 SUITES += tests/test_kill
 tests_test_kill_SOURCES = tests/test_kill.c
