@@ -1,5 +1,5 @@
 /* Encoding any bit patterns as numbers: either refused with a reason that can be found, or bytes that every variant writes alike
- * and that decode to finite numbers (unless some were beyond 2^100: a rotation back may then leave fp32).
+ * and that decode to finite numbers.
  * | codec | role | dim | tokens | dtype | numbers ... | */
 #include <math.h>
 #include <stdlib.h>
@@ -10,21 +10,6 @@
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 
 static const uint32_t dims[] = {16, 32, 48, 64, 80, 96, 112, 128, 192, 256, 512, 576};
-
-static bool sane(enum codec_dtype dtype, const uint8_t *src, size_t n)
-{
-    for (size_t i = 0; i < n && dtype != CODEC_F16; i++) {
-        uint32_t bits = 0;
-
-        if (dtype == CODEC_F32)
-            memcpy(&bits, src + 4 * i, 4);
-        else
-            memcpy((char *)&bits + 2, src + 2 * i, 2);
-        if ((bits >> 23 & 0xff) > 127 + 100)
-            return false;
-    }
-    return true;
-}
 
 static void check_decode(const struct codec_spec *spec, const uint8_t *side, const uint8_t *codes, uint32_t n_tokens,
                          uint32_t dim)
@@ -94,8 +79,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     if (r == 0) {
         if (memcmp(a, b, side_bytes + code_bytes) != 0)
             abort();
-        if (sane(dtype, src, (size_t)n_tokens * dim))
-            check_decode(&spec, a, a + side_bytes, n_tokens, dim);
+        check_decode(&spec, a, a + side_bytes, n_tokens, dim);
     }
     free(src);
     free(a);
