@@ -109,9 +109,10 @@ static void print_json_sharing(FILE *file, const struct sharing *sharing)
     const struct sharing_figures *f = &sharing->figures;
 
     fprintf(file,
-            ",\"matched_tokens\":%u,\"match_ms\":%.3f,\"load_ms\":%.3f,\"put_ms\":%.3f,\"take_ms\":%.3f,\"publish_ms\":"
+            ",\"matched_tokens\":%u,\"match_ms\":%.3f,\"wait_ms\":%.3f,\"load_ms\":%.3f,\"put_ms\":%.3f,\"take_ms\":%."
+            "3f,\"publish_ms\":"
             "%.3f",
-            f->n_matched_tokens, f->match_msec, f->load_msec, f->put_msec, f->take_msec, f->publish_msec);
+            f->n_matched_tokens, f->match_msec, f->wait_msec, f->load_msec, f->put_msec, f->take_msec, f->publish_msec);
     fprintf(file,
             ",\"blocks_published\":%u,\"blocks_present\":%u,\"blocks_failed\":%u,\"block_bytes\":%llu,\"block_fp16_"
             "bytes\":%llu",

@@ -49,6 +49,7 @@ static const char help[] =
     "                        for K, for V, for both in the first block of a prompt (kc4, tq4, raw)\n"
     "  --exact               reuse only as much as keeps every bit equal to a run without kvd; the default\n"
     "                        if --codec-k and --codec-v are raw\n"
+    "  --wait MSEC           for another worker that is computing the same prefix (30000); 0: compute it too\n"
     "  --verify              check the checksum of every block before it is used\n"
     "  --revision TEXT       what tells this model from others; without it, the file's SHA-256 is computed\n"
     "\n"
@@ -56,7 +57,8 @@ static const char help[] =
     "                        prefix that went through a codec, against the exact prefix; JSON lines. Use a model\n"
     "                        stored as F32 or F16: others round activations to 8 bits, which hides codec errors.\n"
     "                        With --socket the prefix goes through the daemon, with --codec-k, -v, -first\n"
-    "  --codecs K/V[/FIRST],...  what to measure without --socket (several; fp8 is the one to compare with)\n"
+    "  --codecs K/V[/FIRST],...  what to measure without --socket (all, next to fp8); - for no FIRST, and + for a\n"
+    "                        comma of a codec's options\n"
     "  --prefix-tokens N     (1536)\n"
     "  --tail-tokens N       (512)\n";
 
@@ -78,6 +80,7 @@ enum {
     OPTION_CODEC_FIRST,
     OPTION_EXACT,
     OPTION_VERIFY,
+    OPTION_WAIT,
     OPTION_REVISION,
     OPTION_FIDELITY,
     OPTION_CODECS,
@@ -103,6 +106,7 @@ static const struct option long_options[] = {
     {"codec-v", required_argument, NULL, OPTION_CODEC_V},
     {"codec-first", required_argument, NULL, OPTION_CODEC_FIRST},
     {"exact", no_argument, NULL, OPTION_EXACT},
+    {"wait", required_argument, NULL, OPTION_WAIT},
     {"verify", no_argument, NULL, OPTION_VERIFY},
     {"revision", required_argument, NULL, OPTION_REVISION},
     {"fidelity", no_argument, NULL, OPTION_FIDELITY},
@@ -185,6 +189,9 @@ static void take_option(struct options *o, int option, const char *name)
         break;
     case OPTION_EXACT:
         o->sharing.exact = true;
+        break;
+    case OPTION_WAIT:
+        number(name, optarg, 0, 3600000, &o->sharing.wait_msec);
         break;
     case OPTION_VERIFY:
         o->sharing.verify = true;
@@ -371,7 +378,7 @@ static int run_fidelity(const struct options *o, struct engine *engine)
 int main(int argc, char **argv)
 {
     struct options o = {
-        .sharing = {.block_tokens = 64},
+        .sharing = {.block_tokens = 64, .wait_msec = 30000},
         .report = {.prefix_tokens = 1536, .tail_tokens = 512},
         .n_predict = 32,
         .n_threads = (int)sysconf(_SC_NPROCESSORS_ONLN),

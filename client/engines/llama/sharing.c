@@ -138,10 +138,11 @@ static uint32_t allowed(const struct sharing *sharing, uint32_t n)
     return n;
 }
 
-/* Matches until the cache has all of a prefix that may be reused. */
+/* Matches, again if need be, until what is leased may be reused. */
 static int match(struct sharing *sharing, uint32_t *ret_n)
 {
     uint32_t n = allowed(sharing, sharing->n_tokens - 1);
+    double begun = now_msec();
     bool is_first = true;
 
     for (;;) {
@@ -153,12 +154,35 @@ static int match(struct sharing *sharing, uint32_t *ret_n)
         if (is_first)
             sharing->figures.n_matched_tokens = (uint32_t)matched;
         is_first = false;
-        if (allowed(sharing, (uint32_t)matched) == n) {
+        n = allowed(sharing, (uint32_t)matched);
+        if (n == matched) {
             *ret_n = n;
+            sharing->figures.match_msec += now_msec() - begun;
             return 0;
         }
-        n = allowed(sharing, (uint32_t)matched);
     }
+}
+
+/* Says that this worker computes what comes after the first n tokens. If another one is at it already: waits for that
+ * one. Returns true if there may be more to match now. On any failure the worker just computes. */
+static bool wait_for_others(struct sharing *sharing, uint32_t n)
+{
+    uint32_t block = sharing->options.block_tokens, first = n / block, last = 0;
+    uint32_t n_blocks = allowed(sharing, sharing->n_tokens - 1) / block - first;
+    enum kvd_flight *states = calloc(n_blocks + 1, sizeof(*states));
+    double begun = now_msec();
+    bool more = false;
+
+    if (states && n_blocks > 0 && kvd_flight_begin(sharing->prefix, first, n_blocks, states) == KVD_OK) {
+        while (last < n_blocks && states[last] != KVD_FLIGHT_GRANTED)
+            last++;
+        more = last > 0;
+        if (more && states[last - 1] == KVD_FLIGHT_BUSY)
+            more = kvd_flight_wait(sharing->prefix, first + last - 1, sharing->options.wait_msec) == KVD_OK;
+    }
+    free(states);
+    sharing->figures.wait_msec += now_msec() - begun;
+    return more;
 }
 
 /* Names the memory of the layers of one group, or of all if that is negative, for a call whose range begins with token
@@ -251,14 +275,15 @@ static int load(struct sharing *sharing, uint32_t n)
 
 uint32_t sharing_restore(struct sharing *sharing, const uint32_t *tokens, uint32_t n_tokens)
 {
-    double begun = now_msec();
     uint32_t n = 0;
     int r;
 
     sharing->tokens = tokens;
     sharing->n_tokens = n_tokens;
+    sharing->figures.match_msec = 0;
     r = n_tokens == 0 ? 0 : match(sharing, &n);
-    sharing->figures.match_msec = now_msec() - begun;
+    if (r == 0 && sharing->options.wait_msec > 0 && wait_for_others(sharing, n))
+        r = match(sharing, &n);
     if (r == 0 && n > 0)
         r = load(sharing, n);
     kvd_release(sharing->prefix);

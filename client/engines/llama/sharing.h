@@ -13,14 +13,15 @@ struct sharing_options {
     const char *revision; /* digest of the weights */
     uint32_t block_tokens;
     const char *codec_k, *codec_v, *codec_first; /* NULL: libkvd's defaults */
-    bool verify;                                 /* check each block's checksum before it is used */
+    uint32_t wait_msec; /* for another worker that is computing the same prefix; 0: compute it twice */
+    bool verify;        /* check each block's checksum before it is used */
     /* Reuse only as much as leaves every later token in a micro-batch and a cell that it has without the cache. With
      * codecs that lose nothing the run is then equal to one without the cache, in every bit. */
     bool exact;
 };
 
 struct sharing_figures {
-    double match_msec, load_msec, put_msec, take_msec, publish_msec;
+    double match_msec, wait_msec, load_msec, put_msec, take_msec, publish_msec;
     uint32_t n_matched_tokens;                 /* that the cache had */
     uint32_t n_reused_tokens;                  /* that were put into the engine */
     uint32_t n_published, n_present, n_failed; /* blocks */
