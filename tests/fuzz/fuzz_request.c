@@ -5,7 +5,8 @@
  * The input is a list of | type | n_fds | length u16 | body |; type 255 adds a sound staging and opens a sound space first.
  *
  * Loop and helper thread outlive a run (a thread and an epoll set take longer to make than all that a run does); tenants, their
- * caches, and options are made anew each time. */
+ * caches, and options live for RUNS_A_LIFE runs, since making their memory takes ten times as long as what a run does with it. So a
+ * finding may need the runs before it: libFuzzer's -seed= and -runs= repeat those. */
 #include <errno.h>
 #include <fcntl.h>
 #include <stdlib.h>
@@ -25,7 +26,7 @@
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 
-enum { FRAMES_MAX = 64, STAGING_BYTES = 8192 };
+enum { FRAMES_MAX = 64, STAGING_BYTES = 8192, RUNS_A_LIFE = 64 };
 
 static void must(int r)
 {
@@ -82,7 +83,6 @@ static void begin(struct daemon *d)
     must(options_init(&d->options));
     for (size_t i = 0; i < sizeof(settings) / sizeof(settings[0]); i++)
         must(option_set(&d->options, option_find(settings[i][0]), settings[i][1], &id_resolver_system, &error));
-    d->draining = false;
     d->budget = (struct budget){.limit_bytes = d->options.host_bytes, .hugepages = SLAB_HUGE_OFF};
     must(tenants_apply(d));
 }
@@ -99,7 +99,8 @@ static void settle(struct daemon *d)
     abort(); /* something goes on for ever */
 }
 
-static void end(struct daemon *d, int peer)
+/* After a run: nothing is left of the session. */
+static void end_session(struct daemon *d, int peer)
 {
     uint64_t n_flights, n_waiters;
 
@@ -118,6 +119,10 @@ static void end(struct daemon *d, int peer)
             abort();
         cache_assert_valid(t->cache);
     }
+}
+
+static void end_life(struct daemon *d)
+{
     tenants_destroy(d);
     if (d->budget.used_bytes)
         abort();
@@ -182,12 +187,15 @@ static void prepare(struct daemon *d)
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
     static struct daemon *d; /* see above */
+    static unsigned n_runs;
     Kvd__V1__Hello hello = KVD__V1__HELLO__INIT;
     int pair[2];
 
     if (!d)
         d = make_daemon();
-    begin(d);
+    if (n_runs % RUNS_A_LIFE == 0)
+        begin(d);
+    d->draining = false;
     must(socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0, pair));
     session_accept(d, pair[0]);
     hello.version_min = hello.version_max = 1;
@@ -216,6 +224,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         size -= 4 + n;
     }
     settle(d);
-    end(d, pair[1]);
+    end_session(d, pair[1]);
+    if (++n_runs % RUNS_A_LIFE == 0)
+        end_life(d);
     return 0;
 }
