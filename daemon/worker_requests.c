@@ -323,13 +323,13 @@ void request_space_open(struct session *s, const struct request *rq)
             return;
         }
         cache_space_close(s->tenant->cache, space);
-        reason = "the daemon has no memory for it";
     }
     if (r == -ENOSPC)
         reply_error(s, rq->id, ERROR_LIMIT, "spaces that are there, or a greater spaces_max", "tenant %s has its %" PRIu64 " spaces",
                     s->tenant->name, s->daemon->options.spaces_max);
     else
-        reply_error(s, rq->id, r == -ENOMEM ? ERROR_LIMIT : ERROR_LAYOUT, "", "%s", reason);
+        reply_error(s, rq->id, r == -ENOMEM ? ERROR_FULL : ERROR_LAYOUT, "", "%s",
+                    r == -ENOMEM ? "the daemon has no memory for it" : reason);
 }
 
 void request_space_close(struct session *s, const struct request *rq)

@@ -197,6 +197,7 @@ tests_check_service_LDADD = $(KVD_CLIENT_LIBS) $(TEST_LIBS)
 
 # ---- scripts ----
 PLAIN_SCRIPT_TESTS += tests/test_units.sh
+SCRIPT_TESTS += tests/test_faults.sh
 PLAIN_SCRIPT_TESTS += tests/test_consumer.sh
 SCRIPT_TESTS += tests/test_kvctl.sh
 TEST_HELPERS += tests/publish_once
