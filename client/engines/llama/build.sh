@@ -12,7 +12,7 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 top=$(cd "$here/../../.." && pwd)
 (($# == 3)) || { sed -n '4,6s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2; exit 2; }
 engine=$1
-build=$(cd "$2" && pwd)
+build=$(cd "$2" 2>/dev/null && pwd) || { echo "build.sh: $2 is no build folder: ./dev build makes build/release" >&2; exit 1; }
 out=$3
 [[ -f $engine/include/llama.h ]] || { echo "build.sh: $engine has no llama.h: fetch.sh engine makes one that has" >&2; exit 1; }
 [[ -f $build/.libs/libkvd.so ]] || { echo "build.sh: $build has no libkvd yet: make it first" >&2; exit 1; }
