@@ -71,7 +71,7 @@ void daemon_status(struct daemon *d)
     uint64_t now = daemon_now_usec(), blocks = 0;
     const struct metrics *m = &d->metrics;
 
-    if (d->status_usec && now - d->status_usec < STATUS_USEC)
+    if (!d->notifies || (d->status_usec && now - d->status_usec < STATUS_USEC))
         return;
     d->status_usec = now;
     daemon_measure(d);
@@ -177,6 +177,7 @@ int daemon_create(struct options *options, struct daemon **ret)
     }
     d->options = *options;
     d->timer_usec = UINT64_MAX;
+    d->notifies = getenv("NOTIFY_SOCKET") != NULL;
     log_init(&d->log, STDERR_FILENO, (enum log_level)options->log_level, daemon_now_usec);
     cpu_detect(&d->cpu);
     d->codec = codec_ops_choose(&d->cpu);

@@ -57,6 +57,7 @@ struct daemon {
     uint32_t n_walks;
 
     bool draining;
+    bool notifies;                 /* a service manager listens */
     uint64_t status_usec;          /* when STATUS was last told */
 
     uint8_t rx[FRAME_MAX];

@@ -372,6 +372,7 @@ static void conclude(struct publish *p)
     FAULT_POINT("publish-before-reply");
     if (p->session)
         send_reply(p);
+    daemon_status(p->daemon);
     publish_free(p);
 }
 
