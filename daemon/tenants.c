@@ -49,16 +49,43 @@ static uint64_t cache_clock(void *ctx)
     return daemon_now_usec();
 }
 
-static int make_cache(struct daemon *d, const struct tenant *t, const struct tenant_options *from, struct cache **ret)
+static uint64_t index_entries_of(const struct options *o, const struct tenant_options *t)
+{
+    return t && t->index_entries ? t->index_entries : o->index_entries;
+}
+
+static uint64_t space_quota_of(const struct options *o, const struct tenant_options *t)
+{
+    return t && t->space_quota ? t->space_quota : o->space_quota;
+}
+
+static const char *domain_of(const char *name, const struct tenant_options *t)
+{
+    return t && *t->domain ? t->domain : name;
+}
+
+/* What a reload cannot change for a tenant whose cache is there. */
+static void warn_of_restart(struct daemon *d, const struct tenant *t, const struct tenant_options *from)
+{
+    const char *what = strcmp(t->domain, domain_of(t->name, from)) != 0             ? "domain"
+                       : t->index_entries != index_entries_of(&d->options, from) ? "index_entries"
+                       : t->space_quota != space_quota_of(&d->options, from)     ? "space_quota"
+                                                                                 : NULL;
+
+    if (what)
+        log_write(&d->log, LOG_WARNING, "tenant %s: its %s stays as it was; a change takes effect after a restart", t->name, what);
+}
+
+static int make_cache(struct daemon *d, struct tenant *t, const struct tenant_options *from, struct cache **ret)
 {
     const struct options *o = &d->options;
     char word[OPTION_TEXT_MAX];
     struct cache_config c = {
         .tenant = t->name,
         .domain = t->domain,
-        .n_entries = (uint32_t)(from && from->index_entries ? from->index_entries : o->index_entries),
+        .n_entries = (uint32_t)index_entries_of(o, from),
         .quota_bytes = quota_of(o, from),
-        .space_quota_bytes = from && from->space_quota ? from->space_quota : o->space_quota,
+        .space_quota_bytes = space_quota_of(o, from),
         .n_spaces_max = (uint32_t)o->spaces_max,
         .slab_bytes = slab_bytes(o),
         .policy = policy_find(option_format(o, option_find("policy"), word)),
@@ -67,6 +94,8 @@ static int make_cache(struct daemon *d, const struct tenant *t, const struct ten
     };
 
     assert(c.policy);
+    t->index_entries = c.n_entries;
+    t->space_quota = c.space_quota_bytes;
     return cache_create(&c, ret);
 }
 
@@ -121,14 +150,13 @@ static int set_rules(struct daemon *d, struct tenant *t, const struct tenant_opt
 static int tenant_create(struct daemon *d, const char *name, const struct tenant_options *from, struct tenant **ret)
 {
     struct tenant *t = calloc(1, sizeof(*t));
-    const char *domain = from && *from->domain ? from->domain : name;
     int r = -ENOMEM;
 
     if (!t)
         return -ENOMEM;
     t->index_fd = -1;
     t->name = strdup(name);
-    t->domain = strdup(domain);
+    t->domain = strdup(domain_of(name, from));
     if (t->name && t->domain)
         r = set_rules(d, t, from);
     if (r == 0)
@@ -162,10 +190,12 @@ static int apply_one(struct daemon *d, struct tenant **old, struct tenant ***end
     struct tenant *t = take(old, name);
     int r = 0;
 
-    if (!t)
+    if (!t) {
         r = tenant_create(d, name, from, &t);
-    else
+    } else {
+        warn_of_restart(d, t, from);
         r = set_rules(d, t, from);
+    }
     if (r < 0)
         log_write(&d->log, LOG_ERROR, "tenant %s: %s", name, strerror(-r));
     if (!t)

@@ -22,6 +22,7 @@ struct tenant {
     struct tenant *next;       /* in the order of the rules */
     uint32_t id;               /* from 1, never reused in a daemon's life */
     char *name, *domain;
+    uint64_t index_entries, space_quota; /* as they were when the cache was made */
     struct cache *cache;
     uint64_t weight;
     uint32_t *uids, *gids;     /* who is claimed; copied from the options */

@@ -297,6 +297,21 @@ START_TEST(reload_of_a_wrong_file)
 }
 END_TEST
 
+/* What a reload cannot change of a tenant is said, and goes on as it was. */
+START_TEST(reload_that_needs_a_restart_says_so)
+{
+    start(-1, false);
+    receive_until("READY=1\n");
+    write_config("host_bytes = 16M\nslab_bytes = 2M\nindex_entries = 1024\n[tenant default]\ndomain = other\n");
+    ck_assert_int_eq(kill(m.pid, SIGHUP), 0);
+    receive_until("RELOADING=1\n");
+    if (!said("READY=1\n"))
+        receive_until("READY=1\n");
+    ping();
+    ck_assert_msg(logged("tenant default: its domain stays as it was"), "nothing in the log");
+}
+END_TEST
+
 static int listening_socket(int type)
 {
     struct sockaddr_un a = address(m.socket);
@@ -388,6 +403,7 @@ int main(void)
     tcase_add_test(c, no_watchdog_unless_asked);
     tcase_add_test(c, reload_is_announced);
     tcase_add_test(c, reload_of_a_wrong_file);
+    tcase_add_test(c, reload_that_needs_a_restart_says_so);
     suite_add_tcase(s, c);
 
     c = tcase_create("socket");
