@@ -58,6 +58,7 @@ void daemon_measure(struct daemon *d)
     m->host_used_bytes = d->budget.used_bytes;
     m->huge_slabs = d->budget.n_huge_slabs;
     m->huge_refused = d->budget.n_huge_refused;
+    m->memory_refused = d->budget.n_refused;
     m->staging_bytes = d->staging_bytes;
     m->publishing_blocks = publishing_blocks(d->publishing);
     m->jobs_waiting = jobs_waiting(d->jobs);

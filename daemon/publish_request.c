@@ -143,7 +143,8 @@ static bool over_own_quota(const struct publish *p, const struct cache_stats *s,
     return s->slab_bytes + (bytes > slab ? bytes : slab) > s->quota_bytes && s->quota_bytes < p->daemon->budget.limit_bytes;
 }
 
-static void no_room(struct publish_block *b, int r)
+/* by_system: the memory that was asked for is within the limits, but the system has none. */
+static void no_room(struct publish_block *b, int r, bool by_system)
 {
     const struct publish *p = b->publish;
     const struct budget *budget = &p->daemon->budget;
@@ -156,6 +157,11 @@ static void no_room(struct publish_block *b, int r)
         block_fail(b, ERROR_QUOTA, "the space holds %" PRIu64 " bytes, its quota is reached, nothing could be evicted", space.bytes);
     else if (r == -ENOMEM)
         block_fail(b, ERROR_FULL, "the daemon is out of memory");
+    else if (by_system)
+        block_fail(b, ERROR_FULL, "the system has no %s for another slab, %" PRIu64 " of %" PRIu64
+                   " bytes of the host tier are held, nothing could be evicted",
+                   budget->hugepages == SLAB_HUGE_ON ? "huge pages (hugepages = on allows no others)" : "memory",
+                   budget->used_bytes, budget->limit_bytes);
     else if (s.n_valid + s.n_reserved >= s.n_entries)
         block_fail(b, ERROR_FULL, "all %u entries of the index are in use, and none could be evicted", s.n_entries);
     else if (over_own_quota(p, &s, space_layout(p->space, b->group, b->first)->bytes))
@@ -186,6 +192,7 @@ static void take_block(struct publish *p, struct publish_block *b)
 {
     struct publishing *all = p->daemon->publishing;
     struct publish_block *other;
+    uint64_t refused = p->daemon->budget.n_refused;
     int r = reserve(p, b);
 
     switch (r) {
@@ -210,7 +217,7 @@ static void take_block(struct publish *p, struct publish_block *b)
             publish_wait_on(b, other);
         return;
     default:
-        no_room(b, r);
+        no_room(b, r, p->daemon->budget.n_refused > refused);
     }
 }
 

@@ -23,6 +23,7 @@ struct budget {
     bool numa_interleave;   /* spread pages over the memory nodes that the process may use */
     uint64_t n_huge_slabs;
     uint64_t n_huge_refused; /* wanted huge pages and did not get them */
+    uint64_t n_refused;      /* not made, within the limit: the system had no memory (or hugepages is ON and it had no huge pages) */
 };
 
 /* A sealed memfd with the daemon's own writable mapping. */

@@ -202,8 +202,10 @@ START_TEST(no_huge_pages)
     f = setup("hugepages = on", NULL);
     OK(f, "open 0 raw 8");
     SAYS(f, "ok 0", "match 0 1 64");
-    expect_error(worker_ask(&f->w, "publish 0 0 4 0"), KVD_E_FULL, NULL);
+    expect_error(worker_ask(&f->w, "publish 0 0 4 0"), KVD_E_FULL, "huge pages");
     ck_assert_uint_gt(harness_stat(&f->h, "kvd_blocks_failed_total", NULL), 0);
+    ck_assert_uint_gt(harness_stat(&f->h, "kvd_huge_refused", NULL), 0);
+    ck_assert_uint_gt(harness_stat(&f->h, "kvd_memory_refused", NULL), 0);
     teardown(f);
     f = setup("hugepages = auto", NULL);
     OK(f, "open 0 raw 8");

@@ -199,8 +199,12 @@ static int take_memory(struct tier *t, uint64_t bytes, struct slab_memory *ret)
     if (!may_grow(t, bytes))
         return -ENOSPC;
     r = slab_memory_create(t->name, bytes, t->budget->hugepages, t->budget->numa_interleave, ret);
-    if (r < 0)
+    if (r < 0) {
+        t->budget->n_refused++;
+        if (t->budget->hugepages == SLAB_HUGE_ON)
+            t->budget->n_huge_refused++;
         return r == -ENOMEM ? -ENOSPC : r;
+    }
     t->held_bytes += ret->bytes;
     t->budget->used_bytes += ret->bytes;
     return 0;
