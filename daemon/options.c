@@ -254,29 +254,10 @@ struct reading {
     struct option_error *error;
 };
 
-/* inih's reader: fgets over memory, and where lines are counted. */
-static char *read_line(char *buf, int n, void *stream)
+static bool is_tenant_name(const char *name)
 {
-    struct reading *rd = stream;
-    size_t left = (size_t)(rd->end - rd->at), take;
-    const char *eol;
-
-    if (left == 0 || rd->failed_line)
-        return NULL;
-    rd->line++;
-    eol = memchr(rd->at, '\n', left);
-    take = eol ? (size_t)(eol - rd->at) + 1 : left;
-    if (take >= (size_t)n || memchr(rd->at, 0, take)) {
-        rd->failed_line = rd->line;
-        rd->r = fail(rd->error, "%s:%d: %s", rd->path, rd->line,
-                     take >= (size_t)n ? "the line is longer than 198 bytes; a list may be given in several lines"
-                                       : "a zero byte; allowed: text");
-        return NULL;
-    }
-    memcpy(buf, rd->at, take);
-    buf[take] = 0;
-    rd->at += take;
-    return buf;
+    return *name && strlen(name) <= TENANT_NAME_MAX &&
+           strspn(name, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-") == strlen(name);
 }
 
 static struct tenant_options *tenant_section(struct reading *rd, const char *name, struct option_error *e)
@@ -287,9 +268,7 @@ static struct tenant_options *tenant_section(struct reading *rd, const char *nam
     for (size_t i = 0; i < o->n_tenants; i++)
         if (strcmp(o->tenants[i].name, name) == 0)
             return &o->tenants[i];
-    if (!*name || strlen(name) > TENANT_NAME_MAX ||
-        strspn(name, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-") != strlen(name) ||
-        strcmp(name, "none") == 0) {
+    if (!is_tenant_name(name) || strcmp(name, "none") == 0) {
         rd->r = fail(e, "[tenant %s]: not a tenant's name; allowed: 1 to %d of a-z A-Z 0-9 _ . - (and not \"none\")", name,
                      TENANT_NAME_MAX);
         return NULL;
@@ -330,29 +309,83 @@ static int set_key(struct reading *rd, void *base, const struct option *table, s
     return set_field(base, o, value, true, rd->ids, e);
 }
 
+/* Where the keys of a section go: a tenant, or the daemon (NULL), whose keys may stand before any section. */
+static bool open_section(struct reading *rd, const char *section, struct tenant_options **ret_tenant, struct option_error *e)
+{
+    *ret_tenant = NULL;
+    if (!*section || strcmp(section, "kvd") == 0)
+        return true;
+    if (strncmp(section, "tenant ", 7) == 0) {
+        *ret_tenant = tenant_section(rd, section + 7 + strspn(section + 7, " \t"), e);
+        return *ret_tenant != NULL;
+    }
+    rd->r = fail(e, "[%s]: no such section; allowed: [kvd] and [tenant NAME]", section);
+    return false;
+}
+
+static void failed_here(struct reading *rd, const struct option_error *e)
+{
+    rd->failed_line = rd->line;
+    snprintf(rd->error->text, sizeof(rd->error->text), "%s:%d: %.1200s", rd->path, rd->line, e->text);
+}
+
 /* inih's handler: 0 is a failure. */
 static int take_line(void *user, const char *section, const char *name, const char *value)
 {
     struct reading *rd = user;
+    struct tenant_options *t;
     struct option_error e;
 
     if (rd->failed_line)
         return 0;
-    if (!*section || strcmp(section, "kvd") == 0) { /* what stands before any section is the daemon's */
-        rd->r = set_key(rd, rd->options, options_table, N_OPTIONS, &rd->keys_set, "kvd", name, value, &e);
-    } else if (strncmp(section, "tenant ", 7) == 0) {
-        struct tenant_options *t = tenant_section(rd, section + 7 + strspn(section + 7, " \t"), &e);
-
-        if (t)
-            rd->r = set_key(rd, t, tenant_table, N_TENANT_OPTIONS, &t->keys_set, section, name, value, &e);
-    } else {
-        rd->r = fail(&e, "\"%s\" in section [%s]; allowed: [kvd] and [tenant NAME]", name, section);
-    }
+    if (open_section(rd, section, &t, &e))
+        rd->r = t ? set_key(rd, t, tenant_table, N_TENANT_OPTIONS, &t->keys_set, section, name, value, &e)
+                  : set_key(rd, rd->options, options_table, N_OPTIONS, &rd->keys_set, "kvd", name, value, &e);
     if (rd->r == 0)
         return 1;
-    rd->failed_line = rd->line;
-    snprintf(rd->error->text, sizeof(rd->error->text), "%s:%d: %.1200s", rd->path, rd->line, e.text);
+    failed_here(rd, &e);
     return 0;
+}
+
+/* inih tells of keys only: a section without any is looked at here. */
+static void look_at_section(struct reading *rd, const char *line)
+{
+    const char *end = line[0] == '[' ? strchr(line, ']') : NULL;
+    char section[256];
+    struct tenant_options *t;
+    struct option_error e;
+
+    if (!end)
+        return;
+    snprintf(section, sizeof(section), "%.*s", (int)(end - line - 1), line + 1);
+    if (!open_section(rd, section, &t, &e))
+        failed_here(rd, &e);
+}
+
+/* inih's reader: fgets over memory, and where lines are counted. */
+static char *read_line(char *buf, int n, void *stream)
+{
+    struct reading *rd = stream;
+    size_t left = (size_t)(rd->end - rd->at), take;
+    const char *eol;
+
+    if (left == 0 || rd->failed_line)
+        return NULL;
+    rd->line++;
+    eol = memchr(rd->at, '\n', left);
+    take = eol ? (size_t)(eol - rd->at) + 1 : left;
+    if (take >= (size_t)n || memchr(rd->at, 0, take)) {
+        rd->failed_line = rd->line;
+        rd->r = fail(rd->error, "%s:%d: %s", rd->path, rd->line,
+                     take >= (size_t)n ? "the line is longer than 198 bytes; a list may be given in several lines"
+                                       : "a zero byte; allowed: text");
+        return NULL;
+    }
+    memcpy(buf, rd->at, take);
+    buf[take] = 0;
+    rd->at += take;
+    look_at_section(rd, buf);
+    return rd->failed_line ? NULL : buf;
 }
 
 int options_read_text(struct options *options, const char *path, const char *text, size_t n, const struct id_resolver *ids,
@@ -478,8 +511,9 @@ int options_check(const struct options *o, struct option_error *ret_error)
                                "fall in this order",
                     (unsigned long long)o->publish_blocks, (unsigned long long)o->publish_worker_blocks,
                     (unsigned long long)o->publish_total_blocks);
-    if (strcmp(o->default_tenant, "none") != 0 && strlen(o->default_tenant) > TENANT_NAME_MAX)
-        return fail(ret_error, "default_tenant: longer than %d bytes", TENANT_NAME_MAX);
+    if (!is_tenant_name(o->default_tenant))
+        return fail(ret_error, "default_tenant: \"%s\" is not a tenant's name; allowed: 1 to %d of a-z A-Z 0-9 _ . -, \"none\" among them",
+                    o->default_tenant, TENANT_NAME_MAX);
     return 0;
 }
 
@@ -489,6 +523,7 @@ int options_load(struct options *ret_options, int argc, char **argv, const char 
     struct option_flags flags;
     struct options o;
     const char *config;
+    uint32_t gid;
     int r = options_init(&o);
 
     if (r < 0)
@@ -509,6 +544,9 @@ int options_load(struct options *ret_options, int argc, char **argv, const char 
             goto fail;
     }
     r = options_check(&o, ret_error);
+    if (r == 0 && *o.socket_group && ids->group(ids->ctx, o.socket_group, &gid) < 0)
+        r = fail(ret_error, "socket_group: there is no group \"%s\" on this system; allowed: the name of one, or nothing",
+                 o.socket_group);
     if (r < 0)
         goto fail;
     *ret_options = o;

@@ -149,11 +149,12 @@ START_TEST(wrong_lines_are_named)
     REFUSED("[kvd]\nhost_bytes = 1G\nhost_bytes = 2G\n", "kvd.conf:3", "second time");
     REFUSED("[kvd]\njust words\n", "kvd.conf:2", "key = value");
     REFUSED("[kvd\nhost_bytes = 1G\n", "kvd.conf:1");
-    REFUSED("[server]\nhost_bytes = 1G\n", "kvd.conf:2", "[server]", "[tenant NAME]");
+    REFUSED("[server]\nhost_bytes = 1G\n", "kvd.conf:1", "[server]", "[tenant NAME]");
+    REFUSED("[kvd]\n[server]\n", "kvd.conf:2", "[server]", "[tenant NAME]"); /* also one without keys */
     REFUSED("[tenant a]\nhost_bytes = 1G\n", "kvd.conf:2", "tenant a", "host_bytes");
-    REFUSED("[tenant none]\nuid = 1\n", "kvd.conf:2", "none");
-    REFUSED("[tenant a b]\nuid = 1\n", "kvd.conf:2", "a b");
-    REFUSED("[tenant abcdefghijklmnopqrstuvwxyz0123456789]\nuid = 1\n", "kvd.conf:2", "1 to 32");
+    REFUSED("[tenant none]\nuid = 1\n", "kvd.conf:1", "none");
+    REFUSED("[tenant a b]\nuid = 1\n", "kvd.conf:1", "a b");
+    REFUSED("[tenant abcdefghijklmnopqrstuvwxyz0123456789]\nuid = 1\n", "kvd.conf:1", "1 to 32");
     REFUSED("[tenant a]\nweight = 0\n", "kvd.conf:2", "weight", "1 to 10000");
     memset(longest, 'x', sizeof(longest));
     memcpy(longest, "[kvd]\nsocket=/", 14);
@@ -241,6 +242,10 @@ START_TEST(wrong_flags_are_named)
     ck_assert_int_eq(load(&o, "", ARGV(F("host")), &flags, &e), -EINVAL);
     ck_assert_int_eq(load(&o, "hit_log = 100\n", ARGV(F("--check")), &flags, &e), -EINVAL);
     ck_assert_ptr_nonnull(strstr(e.text, "power of two"));
+    ck_assert_int_eq(load(&o, "default_tenant = a b\n", ARGV(F("--check")), &flags, &e), -EINVAL);
+    ck_assert_ptr_nonnull(strstr(e.text, "a b"));
+    ck_assert_int_eq(load(&o, "socket_group = nobodies\n", ARGV(F("--check")), &flags, &e), -EINVAL);
+    ck_assert_ptr_nonnull(strstr(e.text, "nobodies"));
     ck_assert_int_eq(load(&o, "", ARGV(F("--config"), F("/nonexistent/kvd.conf")), &flags, &e), -ENOENT);
     ck_assert_ptr_nonnull(strstr(e.text, "/nonexistent/kvd.conf"));
 }
