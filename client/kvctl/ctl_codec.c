@@ -559,9 +559,10 @@ static int codec_error(const struct ctl_args *args)
 {
     bool all = !args->set[OPT_CODEC] || strcmp(args->value[OPT_CODEC], "all") == 0, json = args->set[OPT_JSON];
     char list[1024] = "", *at = list, *spec;
+    struct error_sum unused = {0};
     struct tensor t;
     size_t block;
-    int r, n = 0;
+    int r, e, n = 0;
 
     if (args->n_rest != 2)
         return ctl_usage("usage: kvctl codec error [--codec=SPEC,…] [--v] IN");
@@ -574,12 +575,18 @@ static int codec_error(const struct ctl_args *args)
     if (r != EXIT_OK)
         return r;
     r = load_tensor(args->rest[1], args, &t);
-    if (r == EXIT_OK && json)
+    if (r == EXIT_OK && (e = measure(&t, "f32", 0, block, &unused)) != KVD_OK) /* NaN: no codec's error can be told */
+        r = codec_fail(e);
+    if (r != EXIT_OK) {
+        free_tensor(&t);
+        return r;
+    }
+    if (json)
         putchar('[');
     while (r == EXIT_OK && (spec = next_spec(&at)) != NULL) {
         struct error_sum s = {0};
-        int e = measure(&t, spec, args->set[OPT_V], block, &s);
 
+        e = measure(&t, spec, args->set[OPT_V], block, &s);
         if (e == KVD_OK)
             print_error(spec, &s, t.n_tokens * t.n_heads * t.dim, json, &n);
         else if (all) /* one that has no form for this shape or these numbers: said, and on */
