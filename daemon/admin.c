@@ -179,11 +179,11 @@ void request_config(struct session *s, const struct request *rq)
     const Kvd__V1__Config *m = rq->message;
     const struct option *o = *m->name ? option_find(m->name) : NULL;
 
-    if (*m->name && !o) {
+    if (!o && (*m->name || m->set)) {
         reply_error(s, rq->id, ERROR_OPTION, "one that kvctl config lists", "there is no option \"%.60s\"", m->name);
         return;
     }
-    if (o && *m->value && !config_set(s, rq, o, m->value))
+    if (m->set && !config_set(s, rq, o, m->value))
         return;
     config_send(s, rq, o);
 }

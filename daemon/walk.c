@@ -27,6 +27,7 @@ bool selector_take(struct session *s, const struct request *rq, const Kvd__V1__S
     if (m->key.len)
         memcpy(ret->key, m->key.data, m->key.len);
     ret->idle_usec = m->idle_usec;
+    ret->age_usec = m->age_usec;
     for (const struct tenant *t = s->daemon->tenants->first; t; t = t->next)
         if (selector_has_tenant(ret, t))
             return true;
@@ -45,7 +46,7 @@ bool selector_has(const struct selector *sel, const struct tenant *t, const stru
         return false;
     if (sel->n_key && memcmp(sel->key, info->key, sel->n_key) != 0)
         return false;
-    if (info->idle_usec < sel->idle_usec)
+    if (info->idle_usec < sel->idle_usec || info->age_usec < sel->age_usec)
         return false;
     return !*sel->model || strcmp(sel->model, cache_space_find(t->cache, info->space)->model) == 0;
 }

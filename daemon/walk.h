@@ -30,7 +30,7 @@ struct selector {
     uint32_t space;
     uint8_t key[KEY_BYTES];
     size_t n_key;
-    uint64_t idle_usec;
+    uint64_t idle_usec, age_usec;
 };
 
 /* Takes over a message (NULL: everything). Answers and returns false if it is wrong. */

@@ -86,6 +86,12 @@ expect 0 '"codec": "tq4", "bits_per_value": 4\.' codec list --json
 printf '\223NUMPY\1\0\4\0xxxx' >bad.npy
 expect 1 'dtype' codec error bad.npy
 expect 1 'No such file' codec error none.npy
+expect 1 'No such file' codec error --json none.npy
+[ ! -s out ] || fail "half of a JSON array"
+# fp16 NaN
+# shellcheck disable=SC2046
+printf '\0\176%.0s' $(seq 16) >nan.raw
+expect 1 'NaN' codec error --shape=1,1,16 --dtype=f16 nan.raw
 
 # ---- with one ----
 
@@ -135,6 +141,9 @@ expect 0 '"bad": 0' verify --json
 expect 2 'evict everything' evict
 expect 2 'excludes' evict --all --model=x
 expect 0 '^would evict' evict --all --dry-run
+expect 2 'is no time' evict --age=old
+expect 0 ' 0 pinned' evict --age=1h --dry-run
+expect 0 ' 4 pinned' evict --age=0 --dry-run
 expect 0 '' evict --model=other --json
 grep -q '"blocks": 0' out || fail "evict of another model"
 expect 0 'pinned' evict --all
@@ -149,6 +158,10 @@ expect 0 '"name": "host_bytes", "value": "2G"' config --json
 expect 1 'no option' config nothing
 expect 1 'allowed' config host_bytes=much
 expect 1 'restart' config slab_bytes=4M
+expect 1 'no option' config =1
+expect 0 '^admin_uids = 1' config admin_uids=1
+expect 0 '^admin_uids = $' config admin_uids=
+expect 0 '^admin_uids = $' config admin_uids
 expect 0 'takes no new' drain
 if "$publisher" >published 2>&1; then
     fail "a worker was let in while draining"

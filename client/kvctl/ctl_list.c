@@ -123,7 +123,7 @@ static int on_worker(void *ctx, const struct kvd_worker_info *w)
 
     if (l->n == 0 && !l->json)
         printf("%8s %-20s %8s %8s %8s %10s %8s %12s %12s %10s %s\n", "worker", "name", "pid", "uid", "leases",
-               "staging", "age", "lookups", "hits", "published", "tenant");
+               "staging", "age", "lookups", "hits", "jobs", "tenant");
     if (!next(l))
         return 1;
     if (l->json) {
@@ -188,7 +188,7 @@ int run_ls(struct ctl *ctl, const struct ctl_args *args)
     if (kind == 4)
         return ctl_usage("\"%s\" cannot be listed; allowed: blocks, spaces, workers, tenants", what);
     if (args->set[OPT_LIMIT] && !text_parse_u64(args->value[OPT_LIMIT], &list.left))
-        return ctl_usage("--limit=%s is no number", args->value[OPT_LIMIT]);
+        return ctl_usage("--limit=%s is no number; allowed: 0 and more", args->value[OPT_LIMIT]);
     r = select_parse(args, &select);
     if (r == EXIT_OK && kind >= 2 && select.n_set)
         r = ctl_usage("%s cannot be selected", what);

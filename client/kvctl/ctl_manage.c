@@ -23,13 +23,15 @@ int select_parse(const struct ctl_args *args, struct select *ret)
     }
     if (args->set[SELECT_SPACE]) {
         if (!text_parse_u64(args->value[SELECT_SPACE], &number) || number == 0 || number > UINT32_MAX)
-            return ctl_usage("--space=%s is no space's number", args->value[SELECT_SPACE]);
+            return ctl_usage("--space=%s is no space's number; allowed: one that kvctl ls spaces shows", args->value[SELECT_SPACE]);
         ret->selector.space = (uint32_t)number;
     }
     ret->selector.tenant = args->value[SELECT_TENANT];
     ret->selector.model = args->value[SELECT_MODEL];
     if (args->set[SELECT_IDLE] && !text_parse_usec(args->value[SELECT_IDLE], &ret->selector.idle_usec))
-        return ctl_usage("--idle=%s is no time", args->value[SELECT_IDLE]);
+        return ctl_usage("--idle=%s is no time; allowed: 90s, 15min, 2h, 1d and the like", args->value[SELECT_IDLE]);
+    if (args->set[SELECT_AGE] && !text_parse_usec(args->value[SELECT_AGE], &ret->selector.age_usec))
+        return ctl_usage("--age=%s is no time; allowed: 90s, 15min, 2h, 1d and the like", args->value[SELECT_AGE]);
     return EXIT_OK;
 }
 
@@ -37,14 +39,13 @@ int select_parse(const struct ctl_args *args, struct select *ret)
 
 const struct ctl_opt evict_opts[] = {
     SELECT_OPTS,
-    {"age", 'A', "TIME", "the same as --idle"},
     {"bytes", 'b', "BYTES", "stop after so many bytes (64M, 2G)"},
     {"all", 'a', NULL, "everything that is not leased or pinned"},
     {"dry-run", 'd', NULL, "only say what would go"},
     {"json", 'j', NULL, "one JSON object"},
     {NULL, 0, NULL, NULL},
 };
-enum { EVICT_AGE = SELECT_N, EVICT_BYTES, EVICT_ALL, EVICT_DRY, EVICT_JSON };
+enum { EVICT_BYTES = SELECT_N, EVICT_ALL, EVICT_DRY, EVICT_JSON };
 
 int run_evict(struct ctl *ctl, const struct ctl_args *args)
 {
@@ -57,12 +58,9 @@ int run_evict(struct ctl *ctl, const struct ctl_args *args)
 
     if (r != EXIT_OK)
         return r;
-    if (args->set[EVICT_AGE] &&
-        (args->set[SELECT_IDLE] || !text_parse_usec(args->value[EVICT_AGE], &select.selector.idle_usec)))
-        return ctl_usage("--age=%s is no time, or --idle says the same", args->value[EVICT_AGE]);
     if (args->set[EVICT_BYTES] && (!text_parse_bytes(args->value[EVICT_BYTES], &bytes) || bytes == 0))
-        return ctl_usage("--bytes=%s is no size above 0", args->value[EVICT_BYTES]);
-    if (!select.n_set && !args->set[EVICT_AGE] && !args->set[EVICT_BYTES] && !args->set[EVICT_ALL])
+        return ctl_usage("--bytes=%s is no size; allowed: above 0, as 64M or 2G", args->value[EVICT_BYTES]);
+    if (!select.n_set && !args->set[EVICT_BYTES] && !args->set[EVICT_ALL])
         return ctl_usage("this would evict everything; say --all if that is meant");
     if (args->set[EVICT_ALL] && select.n_set)
         return ctl_usage("--all excludes options that select");

@@ -9,10 +9,11 @@
     {"key", 'k', "HEX", "only the block with this key, or those whose key begins so"},                                 \
         {"space", 'S', "ID", "only of this space (see kvctl ls spaces)"},                                              \
         {"tenant", 't', "NAME", "only of this tenant"}, {"model", 'm', "NAME", "only of this model"},                  \
+        {"idle", 'i', "TIME", "only if not used for this long (90s, 15min, 2h, 1d)"},                                  \
     {                                                                                                                  \
-        "idle", 'i', "TIME", "only if not used for this long (90s, 15min, 2h, 1d)"                                     \
+        "age", 'A', "TIME", "only if in the cache for this long"                                                       \
     }
-enum { SELECT_KEY, SELECT_SPACE, SELECT_TENANT, SELECT_MODEL, SELECT_IDLE, SELECT_N };
+enum { SELECT_KEY, SELECT_SPACE, SELECT_TENANT, SELECT_MODEL, SELECT_IDLE, SELECT_AGE, SELECT_N };
 
 struct select {
     struct kvd_selector selector; /* points into this struct and argv */

@@ -301,6 +301,7 @@ struct kvd_selector {
     const uint8_t *key;    /* or a prefix of it */
     size_t n_key;
     uint64_t idle_usec;    /* at least this long not used */
+    uint64_t age_usec;     /* at least this long in the cache */
 };
 struct kvd_metric {
     const char *name, *help, *unit, *label;
@@ -362,6 +363,7 @@ int kvd_admin_pin(kvd *session, const struct kvd_selector *selector, int unpin, 
                   uint64_t *ret_bytes);
 int kvd_admin_verify(kvd *session, const struct kvd_selector *selector, struct kvd_verify_result *ret);
 int kvd_admin_drain(kvd *session, int undo);
+/* name NULL: all options. value not NULL: the option is set, in the running daemon only, and then told. */
 int kvd_admin_config(kvd *session, const char *name, const char *value,
                      int (*each)(void *ctx, const struct kvd_option_info *), void *ctx);
 

@@ -55,6 +55,7 @@ static void fill_selector(const struct kvd_selector *from, Kvd__V1__Selector *to
     to->key.data = (uint8_t *)from->key;
     to->key.len = from->key ? from->n_key : 0;
     to->idle_usec = from->idle_usec;
+    to->age_usec = from->age_usec;
 }
 
 int kvd_admin_stats(kvd *session, int (*each)(void *ctx, const struct kvd_metric *), void *ctx)
@@ -362,6 +363,7 @@ int kvd_admin_config(kvd *session, const char *name, const char *value,
 
     m.name = (char *)(name ? name : "");
     m.value = (char *)(value ? value : "");
+    m.set = value != NULL;
     if (r == 0)
         r = ask(session, FRAME_CONFIG, &m.base, &kvd__v1__config_reply__descriptor, session->timeout_msec, &a);
     if (r != 0)
