@@ -863,6 +863,38 @@ START_TEST(publish_small_staging)
 }
 END_TEST
 
+/* A daemon that answers too late still reads the staging when it gets to it: nothing is written over what it may read. */
+START_TEST(publish_that_times_out_leaves_its_staging_alone)
+{
+    struct kvd_options o = KVD_OPTIONS_INIT;
+    size_t raw = 2u * B * HEADS * DIM * 2 * sizeof(float); /* one block of two layers */
+    struct cache c;
+    struct bed b;
+
+    bed_setup(&b);
+    kvd_detach(b.k);
+    o.socket_path = path;
+    o.timeout_msec = 100;
+    o.staging_bytes = 4 * (raw + 64) / 4096 * 4096 + 4096; /* a frame for each block, and four of them on their way */
+    ck_assert_int_eq(kvd_attach(&o, &b.k), KVD_OK);
+    b.space = open_space(b.k, NULL, 0, 0, "raw");
+    ck_assert_int_eq(kvd_prefix_create(b.space, MAX_BLOCKS, &b.prefix), KVD_OK);
+    match(&b, 8 * B);
+    fake_delay(b.fake, FRAME_PUBLISH, 300);
+    publish(&b, 8, 2, KVD_E_TIMEOUT);
+    while (match(&b, 8 * B) < 4 * B)
+        usleep(2000);
+    cache_init(&c, 2, 4 * B, false);
+    fake_delay(b.fake, FRAME_PUBLISH, 0);
+    while (kvd_load(b.prefix, 0, 4, KVD_F32, c.kv, 0) == KVD_E_TIMEOUT) /* the slab is asked for behind the late frames */
+        ;
+    for (uint32_t l = 0; l < 2; l++)
+        ck_assert_uint_eq(cache_wrong(&c, l, 0, 4 * B), 0);
+    cache_deinit(&c);
+    bed_teardown(&b);
+}
+END_TEST
+
 START_TEST(publish_one_bad_block)
 {
     enum kvd_publish_status status[5];
@@ -1289,6 +1321,7 @@ int main(void)
         publish_then_load,
         publish_goes_on_after_the_match,
         publish_small_staging,
+        publish_that_times_out_leaves_its_staging_alone,
         publish_one_bad_block,
         publish_lies,
         load_refuses_corruption,

@@ -264,6 +264,8 @@ static int add_item(struct publish *u, size_t block, uint32_t group)
         u->turn = (u->turn + 1) % u->n_batches;
         b = &u->batch[u->turn];
         finish_batch(u, b);
+        if (u->chunk_lost) /* the daemon may still read the segment: what is written there now it would take for what was */
+            return u->error;
     }
     if (!fits(u, b, bytes, body_bytes))
         return error_set(u->session->cookie, KVD_E_LIMIT, "one block takes %zu bytes of a frame; allowed: %u",
