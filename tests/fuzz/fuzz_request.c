@@ -87,11 +87,20 @@ static void begin(struct daemon *d)
     must(tenants_apply(d));
 }
 
+/* A slab is being made ahead of need: its job may have left the queue and not be back. */
+static bool spare_coming(const struct daemon *d)
+{
+    for (const struct tenant *t = d->tenants->first; t; t = t->next)
+        if (t->spare_coming)
+            return true;
+    return false;
+}
+
 /* Until nothing is under way. */
 static void settle(struct daemon *d)
 {
     for (int i = 0; i < 10000; i++) {
-        bool busy = publishing_blocks(d->publishing) || d->n_walks || jobs_waiting(d->jobs);
+        bool busy = publishing_blocks(d->publishing) || d->n_walks || jobs_waiting(d->jobs) || spare_coming(d);
 
         if (sd_event_run(d->event, busy ? 1000 : 0) == 0 && !busy)
             return;
