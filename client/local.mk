@@ -25,8 +25,9 @@ KVD_CLIENT_LIBS = libkvdclient.la $(KVD_KERNELS_LIBS) $(KVD_PROTO_LIBS) $(CRYPTO
 lib_LTLIBRARIES += libkvd.la
 libkvd_la_SOURCES =
 libkvd_la_LIBADD = libkvdclient.la libkvdproto.la libkvdkernels.la $(PROTOBUF_C_LIBS) $(CRYPTO_LIBS) -lpthread -lm
-# current:revision:age; see libtool's manual before touching it. Symbols are never taken away, so age grows with current.
-libkvd_la_LDFLAGS = $(AM_LDFLAGS) -version-info 0:0:0 -Wl,--version-script=$(srcdir)/client/libkvd/libkvd.map
+# current:revision:age; see libtool's manual before touching it. Symbols are never taken away, so age grows with current, and
+# current - age stays what KVD_VERSION_MAJOR, the symbols' version KVD_1 and the package's first number are.
+libkvd_la_LDFLAGS = $(AM_LDFLAGS) -version-info 1:0:0 -Wl,--version-script=$(srcdir)/client/libkvd/libkvd.map
 EXTRA_libkvd_la_DEPENDENCIES = client/libkvd/libkvd.map
 
 include_HEADERS += client/libkvd/kvd.h

@@ -49,6 +49,11 @@ case $libdir in
 *) libdir=$root$libdir ;;
 esac
 
+# One number says which interface it is: in the package's version, in the header, in the library's name.
+major=$(pkg-config --modversion libkvd | cut -d. -f1)
+grep -q "^#define KVD_VERSION_MAJOR $major\>" "$(find "$root" -name kvd.h)" || fail "KVD_VERSION_MAJOR is not $major"
+[ -e "$libdir/libkvd.so.$major" ] || fail "the library is not libkvd.so.$major"
+
 # Other libraries' folders must not be needed by those who use ours: no -I but our own, no -l but -lkvd.
 said=$(pkg-config --libs libkvd)
 for word in $said; do

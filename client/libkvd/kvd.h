@@ -27,7 +27,7 @@ extern "C" {
 #pragma GCC visibility push(default)
 #endif
 
-#define KVD_VERSION_MAJOR 1
+#define KVD_VERSION_MAJOR 1 /* of this interface, as in libkvd.so.1 */
 #define KVD_KEY_BYTES 32
 
 /* Numbers are fixed for ever. */
