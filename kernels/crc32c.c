@@ -1,30 +1,5 @@
 #include "kernels/crc32c.h"
 
-#define POLY 0x82f63b78u
-
-/* Polynomials over GF(2) modulo POLY, reflected: bit 31 is x^0. */
-static uint32_t poly_multiply(uint32_t a, uint32_t b)
-{
-    uint32_t product = 0;
-
-    for (uint32_t bit = 0x80000000u; bit; bit >>= 1) {
-        if (a & bit)
-            product ^= b;
-        b = b & 1 ? b >> 1 ^ POLY : b >> 1;
-    }
-    return product;
-}
-
-uint32_t crc32c_combine(uint32_t crc_a, uint32_t crc_b, uint64_t n_b)
-{
-    uint32_t square = 0x00800000u; /* x^8: one byte */
-
-    for (; n_b; n_b >>= 1, square = poly_multiply(square, square))
-        if (n_b & 1)
-            crc_a = poly_multiply(square, crc_a);
-    return crc_a ^ crc_b;
-}
-
 /* One nibble at a time: for machines without SSE 4.2, where nobody looks at the clock. */
 uint32_t crc32c_table(uint32_t crc, const void *data, size_t n)
 {

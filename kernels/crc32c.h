@@ -19,7 +19,4 @@ crc32c_fn crc32c_choose(const struct cpu_features *cpu);
 uint32_t crc32c_table(uint32_t crc, const void *data, size_t n);
 uint32_t crc32c_sse42(uint32_t crc, const void *data, size_t n); /* needs sse42 and pclmul */
 
-/* The CRC of a then b from both CRCs and b's length, in O(log n). */
-uint32_t crc32c_combine(uint32_t crc_a, uint32_t crc_b, uint64_t n_b);
-
 #endif

@@ -197,19 +197,13 @@ size_t lookup_find_many(const struct lookup_view *view, const uint8_t *keys, siz
     return n_found;
 }
 
-bool lookup_confirm(const struct lookup_view *view, uint32_t entry, uint32_t gen)
-{
-    /* Full fence between the caller's store of its lease word and this load: pairs with the fence between the daemon's
-     * store of the odd generation and its scan of the lease tables. One of the two sees the other. */
-    atomic_thread_fence(memory_order_seq_cst);
-    return atomic_load_explicit(&view->entries[entry].gen, memory_order_acquire) == gen;
-}
-
-size_t lookup_confirm_many(const struct lookup_view *view, const struct lookup_hit *hits, size_t n)
+size_t lookup_confirm(const struct lookup_view *view, const struct lookup_hit *hits, size_t n)
 {
     size_t i = 0;
 
-    atomic_thread_fence(memory_order_seq_cst); /* as in lookup_confirm() */
+    /* Full fence between the caller's stores of its lease words and these loads: pairs with the fence between the daemon's
+     * store of the odd generation and its scan of the lease tables. One of the two sees the other. */
+    atomic_thread_fence(memory_order_seq_cst);
     while (i < n &&
            atomic_load_explicit(&view->entries[hits[i].entry].gen, memory_order_acquire) == hits[i].gen)
         i++;

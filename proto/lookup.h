@@ -57,11 +57,9 @@ bool lookup_find(const struct lookup_view *view, const uint8_t key[SHM_KEY_BYTES
 size_t lookup_find_many(const struct lookup_view *view, const uint8_t *keys, size_t n, uint16_t space, uint8_t group,
                         bool until_miss, struct lookup_hit *ret_hits);
 
-/* The worker's half of the lease protocol, after it has stored shm_ref(entry, gen) into its lease table: a full fence, and
- * the generation again. False: the entry was retired in between; the caller clears its word and has a miss. */
-bool lookup_confirm(const struct lookup_view *view, uint32_t entry, uint32_t gen);
-
-/* The same for n leases behind one fence. Returns how many hold before the first that was retired (n: all of them). */
-size_t lookup_confirm_many(const struct lookup_view *view, const struct lookup_hit *hits, size_t n);
+/* The worker's half of the lease protocol, after it has stored shm_ref(entry, gen) of n hits into its lease table: one full fence,
+ * and the generations again. Returns how many hold before the first that was retired in between (n: all of them); the caller clears
+ * the words of the rest, which are misses. */
+size_t lookup_confirm(const struct lookup_view *view, const struct lookup_hit *hits, size_t n);
 
 #endif

@@ -76,12 +76,9 @@ uint32_t cache_now_ds(const struct cache *c);
 
 /* Brings the policy's view of a VALID entry in step with its children, pins and holds (C3). */
 void cache_settle(struct cache *c, uint32_t e);
-/* parent and child; CACHE_NONE parents are allowed. */
-void cache_link_child(struct cache *c, uint32_t parent, uint32_t child);
 void cache_unlink_child(struct cache *c, uint32_t child);
 /* The entry's slot and number are free again; it must be out of bucket, policy, space list and pending table. */
 void cache_free_entry(struct cache *c, uint32_t e);
-void cache_space_list_add(struct cache *c, uint32_t e);
 void cache_space_list_remove(struct cache *c, uint32_t e);
 
 /* Evicts until an entry number is free, or until the tier has a slot of bytes; -ENOSPC. */

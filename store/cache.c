@@ -180,7 +180,7 @@ void cache_space_stats(const struct cache *c, const struct space *space, struct 
     *ret = (struct cache_space_stats){.n_blocks = s->n_blocks, .bytes = s->bytes, .n_open = s->n_open};
 }
 
-void cache_space_list_add(struct cache *c, uint32_t e)
+static void space_list_add(struct cache *c, uint32_t e)
 {
     struct space_slot *s = entry_space(c, e);
 
@@ -226,7 +226,8 @@ void cache_settle(struct cache *c, uint32_t e)
         c->config.policy->unpark(c->policy, e);
 }
 
-void cache_link_child(struct cache *c, uint32_t parent, uint32_t child)
+/* CACHE_NONE as parent is allowed. */
+static void link_child(struct cache *c, uint32_t parent, uint32_t child)
 {
     struct meta *m = &c->meta[child];
 
@@ -381,7 +382,7 @@ int cache_reserve(struct cache *c, struct space *space, uint8_t group, const uin
     c->meta[e].last_use_ds = c->meta[e].born_ds;
     index_fill(&c->index, e, key, (uint16_t)space->id, group, first ? SHM_ENTRY_FIRST : 0, (uint32_t)bytes, 0, loc);
     pending_add(c, e);
-    cache_link_child(c, up, e);
+    link_child(c, up, e);
     c->n_reserved++;
     c->bytes_used += bytes;
     s->bytes += bytes;
@@ -435,7 +436,7 @@ int cache_commit(struct cache *c, struct cache_slot *slot)
     c->n_reserved--;
     c->n_valid++;
     c->n_published++;
-    cache_space_list_add(c, e);
+    space_list_add(c, e);
     m->in_policy = true;
     c->config.policy->insert(c->policy, e, lookup_hash(c->index.view.seed, key, entry_of(c, e)->space, entry_of(c, e)->group));
     cache_settle(c, e);

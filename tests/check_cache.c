@@ -7,6 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <time.h>
 
 #include "proto/lookup.h"
@@ -29,6 +30,7 @@ static struct cache *cache;
 static struct space *space, *sliding;
 static struct page_memory pages[N_PAGES];
 static uint64_t rng;
+static uint64_t space_quota; /* of the next cache; 0: none */
 
 static uint64_t now(void *ctx)
 {
@@ -64,7 +66,7 @@ static void open_space(const char *model, uint32_t n_groups, struct space **ret)
 static void make_cache(const char *policy, uint32_t n_entries, uint64_t quota_bytes)
 {
     struct cache_config config = {.tenant = "t", .domain = "t", .n_entries = n_entries, .quota_bytes = quota_bytes,
-                                  .n_spaces_max = 4, .slab_bytes = 2 << 20, .policy = policy_find(policy),
+                                  .n_spaces_max = 4, .space_quota_bytes = space_quota, .slab_bytes = 2 << 20, .policy = policy_find(policy),
                                   .budget = &budget, .now_usec = now};
 
     budget = (struct budget){.limit_bytes = 1 << 30, .hugepages = SLAB_HUGE_OFF};
@@ -100,18 +102,11 @@ static void key_of(uint32_t chain, uint32_t depth, const struct space *s, uint8_
     ret[31] = (uint8_t)s->id;
 }
 
-static int publish(struct space *s, uint8_t group, uint32_t chain, uint32_t depth, bool commit)
+static int publish_as(struct space *s, uint8_t group, const uint8_t *key, const uint8_t *parent, bool first, bool commit)
 {
-    uint8_t key[KEY_BYTES], parent[KEY_BYTES];
     struct cache_slot slot;
-    int r;
+    int r = cache_reserve(cache, s, group, key, parent, first, &slot);
 
-    key_of(chain, depth, s, key);
-    if (depth == 0)
-        memcpy(parent, s->fingerprint, KEY_BYTES);
-    else
-        key_of(chain, depth - 1, s, parent);
-    r = cache_reserve(cache, s, group, key, parent, depth == 0, &slot);
     if (r != CACHE_RESERVED)
         return r;
     for (uint64_t i = 0; i < slot.bytes; i++)
@@ -121,6 +116,28 @@ static int publish(struct space *s, uint8_t group, uint32_t chain, uint32_t dept
         return -1;
     }
     return cache_commit(cache, &slot);
+}
+
+static int publish(struct space *s, uint8_t group, uint32_t chain, uint32_t depth, bool commit)
+{
+    uint8_t key[KEY_BYTES], parent[KEY_BYTES];
+
+    key_of(chain, depth, s, key);
+    if (depth == 0)
+        memcpy(parent, s->fingerprint, KEY_BYTES);
+    else
+        key_of(chain, depth - 1, s, parent);
+    return publish_as(s, group, key, parent, depth == 0, commit);
+}
+
+/* A second block of a chain, one of many. */
+static int publish_below(struct space *s, uint32_t chain, uint32_t child)
+{
+    uint8_t key[KEY_BYTES], parent[KEY_BYTES];
+
+    key_of(chain, 0, s, parent);
+    key_of(chain + 1000000, child, s, key);
+    return publish_as(s, 0, key, parent, false, true);
 }
 
 static bool payload_right(const struct lookup_view *view, uint32_t entry)
@@ -169,7 +186,7 @@ static void lease_random(const struct lookup_view *view, struct page_memory *p)
     if (!lookup_find(view, key, (uint16_t)s->id, 0, &hit))
         return;
     p->leases[slot] = shm_ref(hit.entry, hit.gen);
-    ck_assert(lookup_confirm(view, hit.entry, hit.gen));
+    ck_assert_uint_eq(lookup_confirm(view, &hit, 1), 1);
     p->log[p->header.log_head++ % N_LOG] = shm_ref(hit.entry, hit.gen);
 }
 
@@ -330,6 +347,225 @@ START_TEST(pinned_chains_stay)
 }
 END_TEST
 
+/* Blocks of 256 bytes: thousands to a slab. */
+static struct space *open_tiny(void)
+{
+    static const uint32_t window = 0;
+    struct space_layer_desc layer = {1, 64, 64, 0, "raw", "raw", "raw", "raw"};
+    struct space_desc d = {.model = "tiny", .revision = "1", .rope = "", .shard = "", .dtype = CODEC_F16, .block_tokens = 1,
+                           .window_tokens = &window, .n_groups = 1, .layers = &layer, .n_layers = 1};
+    const char *reason = "";
+    struct space *s;
+
+    ck_assert_msg(cache_space_open(cache, &d, &s, &reason) == 0, "%s", reason);
+    return s;
+}
+
+static uint32_t find(struct space *s, uint32_t chain, uint32_t depth)
+{
+    uint8_t key[KEY_BYTES];
+
+    key_of(chain, depth, s, key);
+    return cache_find(cache, s->id, 0, key);
+}
+
+/* A worker takes the first n_chains chains' first blocks. */
+static void lease_first_blocks(struct space *s, uint32_t n_chains)
+{
+    struct lookup_view view = view_of();
+    struct lookup_hit hit;
+    uint8_t key[KEY_BYTES];
+
+    ck_assert_uint_le(n_chains, N_PAGES * N_LEASES);
+    for (uint32_t chain = 0; chain < n_chains; chain++) {
+        key_of(chain, 0, s, key);
+        ck_assert(lookup_find(&view, key, (uint16_t)s->id, 0, &hit));
+        pages[chain / N_LEASES].leases[chain % N_LEASES] = shm_ref(hit.entry, hit.gen);
+    }
+}
+
+START_TEST(shrinking_ends_where_nothing_can_go)
+{
+    uint64_t blocks, bytes;
+    struct space *tiny;
+
+    make_cache("s3fifo", 16384, 1 << 30);
+    tiny = open_tiny();
+    for (uint32_t d = 0; d < 6000; d++)
+        ck_assert_int_eq(publish(tiny, 0, 0, d, true), 0);
+    cache_pin(cache, find(tiny, 0, 5999), false, &blocks, &bytes);
+    ck_assert_uint_eq(blocks, 6000);
+    ck_assert_uint_eq(cache_shrink(cache, 0), 0);
+    ck_assert_uint_ne(find(tiny, 0, 5999), CACHE_NONE);
+    cache_assert_valid(cache);
+    drop_cache();
+}
+END_TEST
+
+/* A slab that one block keeps is of no use when memory is wanted: its other blocks stay where they are. */
+START_TEST(shrinking_takes_nothing_for_nothing)
+{
+    struct cache_stats stats;
+
+    make_cache("s3fifo", 256, 1 << 30);
+    for (uint32_t chain = 0; chain < 100; chain++)
+        ck_assert_int_eq(publish(space, 0, chain, 0, true), 0);
+    cache_stats(cache, &stats);
+    ck_assert_uint_ge(stats.n_slabs, 2);
+    lease_first_blocks(space, 1);
+    cache_shrink(cache, 0);
+    cache_stats(cache, &stats);
+    ck_assert_uint_eq(stats.n_slabs, 1);
+    ck_assert_uint_gt(stats.n_valid, 1);
+    cache_assert_valid(cache);
+    drop_cache();
+}
+END_TEST
+
+/* What is to go is listed once, however much of it hangs on each other: memory in the order of the blocks, not of their square. */
+START_TEST(one_long_chain_is_listed_once)
+{
+    struct rusage before, after;
+    struct space *tiny;
+
+    make_cache("s3fifo", 32768, 1 << 30);
+    tiny = open_tiny();
+    for (uint32_t d = 0; d < 30000; d++)
+        ck_assert_int_eq(publish(tiny, 0, 0, d, true), 0);
+    getrusage(RUSAGE_SELF, &before);
+    ck_assert_uint_gt(cache_shrink(cache, 0), 0);
+    getrusage(RUSAGE_SELF, &after);
+    ck_assert_int_lt(after.ru_maxrss - before.ru_maxrss, 64 << 10); /* KiB */
+    ck_assert_uint_eq(find(tiny, 0, 0), CACHE_NONE);
+    cache_assert_valid(cache);
+    drop_cache();
+}
+END_TEST
+
+static bool want_all(void *ctx, uint32_t e)
+{
+    (void)ctx;
+    (void)e;
+    return true;
+}
+
+static void *evict_chain(void *arg)
+{
+    struct cache_evicted done = {0};
+
+    cache_evict_up(cache, arg, 1, want_all, NULL, 0, &done);
+    return (void *)(uintptr_t)done.blocks;
+}
+
+/* However long a chain is, the way up takes no more stack. */
+START_TEST(a_long_chain_goes_on_a_small_stack)
+{
+    enum { DEPTH = 60000, STACK_BYTES = 192 << 10 };
+    struct space *tiny;
+    pthread_attr_t attr;
+    uint32_t leaf;
+    pthread_t t;
+    void *n;
+
+    make_cache("lru", DEPTH, 1 << 30);
+    tiny = open_tiny();
+    for (uint32_t d = 0; d < DEPTH; d++)
+        ck_assert_int_eq(publish(tiny, 0, 0, d, true), 0);
+    leaf = find(tiny, 0, DEPTH - 1);
+    pthread_attr_init(&attr);
+    ck_assert_int_eq(pthread_attr_setstacksize(&attr, STACK_BYTES), 0);
+    ck_assert_int_eq(pthread_create(&t, &attr, evict_chain, &leaf), 0);
+    pthread_join(t, &n);
+    pthread_attr_destroy(&attr);
+    ck_assert_uint_eq((uintptr_t)n, DEPTH);
+    cache_assert_valid(cache);
+    drop_cache();
+}
+END_TEST
+
+/* Leased blocks that are first in the order of eviction do not make the cache full. */
+START_TEST(leased_victims_are_not_all)
+{
+    static const char *const policies[] = {"s3fifo", "lru"};
+
+    make_cache(policies[_i], 128, 1 << 30);
+    for (uint32_t chain = 0; chain < 128; chain++)
+        ck_assert_int_eq(publish(space, 0, chain, 0, true), 0);
+    lease_first_blocks(space, 100);
+    ck_assert_int_eq(publish(space, 0, 1000, 0, true), 0);
+    for (uint32_t chain = 0; chain < 100; chain++)
+        ck_assert_uint_ne(find(space, chain, 0), CACHE_NONE);
+    cache_assert_valid(cache);
+    drop_cache();
+}
+END_TEST
+
+static void make_quota_cache(uint32_t n_blocks)
+{
+    space_quota = n_blocks * 256;
+    make_cache("s3fifo", 1024, 1 << 30);
+    space_quota = 0;
+}
+
+/* One more block than a space may have costs it some old ones, not all that hang on the oldest. */
+START_TEST(a_full_space_keeps_most_of_its_tree)
+{
+    struct cache_space_stats stats;
+    struct space *tiny;
+
+    make_quota_cache(640);
+    tiny = open_tiny();
+    ck_assert_int_eq(publish(tiny, 0, 0, 0, true), 0);
+    for (uint32_t child = 1; child < 640; child++)
+        ck_assert_int_eq(publish_below(tiny, 0, child), 0);
+    for (uint32_t child = 640; child < 2000; child++) {
+        ck_assert_int_eq(publish_below(tiny, 0, child), 0);
+        cache_space_stats(cache, tiny, &stats);
+        ck_assert_uint_gt(stats.n_blocks, 600);
+    }
+    cache_assert_valid(cache);
+    drop_cache();
+}
+END_TEST
+
+START_TEST(leases_on_the_oldest_do_not_fill_a_space)
+{
+    struct space *tiny;
+
+    make_quota_cache(500);
+    tiny = open_tiny();
+    for (uint32_t chain = 0; chain < 190; chain++)
+        ck_assert_int_eq(publish(tiny, 0, chain, 0, true), 0);
+    for (uint32_t d = 1; d <= 100; d++) /* inner blocks, which cannot go before their leaf */
+        ck_assert_int_eq(publish(tiny, 0, 0, d, true), 0);
+    lease_first_blocks(tiny, 190);
+    for (uint32_t chain = 200; chain < 800; chain++)
+        ck_assert_int_eq(publish(tiny, 0, chain, 0, true), 0);
+    for (uint32_t chain = 0; chain < 190; chain++)
+        ck_assert_uint_ne(find(tiny, chain, 0), CACHE_NONE);
+    cache_assert_valid(cache);
+    drop_cache();
+}
+END_TEST
+
+/* Two tenants that take memory from each other all day must not run out of numbers for their slabs. */
+START_TEST(slab_numbers_come_back)
+{
+    uint64_t bytes;
+    uint32_t n = 0;
+
+    make_cache("s3fifo", 64, 1 << 30);
+    for (int round = 0; round < 100; round++) {
+        ck_assert_int_eq(publish(space, 0, (uint32_t)round, 0, true), 0);
+        ck_assert_int_ge(cache_slab_fd(cache, n, &bytes), 0);
+        ck_assert_uint_gt(cache_shrink(cache, 0), 0);
+        ck_assert_int_eq(cache_slab_fd(cache, n, &bytes), -ENOENT);
+    }
+    cache_assert_valid(cache);
+    drop_cache();
+}
+END_TEST
+
 /* Another thread reads under leases while the loop evicts and refills: what it holds never changes (I3). */
 struct reader {
     struct lookup_view view;
@@ -353,7 +589,7 @@ static void *read_under_leases(void *arg)
         if (!lookup_find(&r->view, key, (uint16_t)space->id, 0, &hit))
             continue;
         atomic_store_explicit(&r->page->leases[x % N_LEASES], shm_ref(hit.entry, hit.gen), memory_order_relaxed);
-        if (lookup_confirm(&r->view, hit.entry, hit.gen)) {
+        if (lookup_confirm(&r->view, &hit, 1) == 1) {
             const uint8_t *p = r->slab + shm_loc_off(hit.host);
 
             for (int round = 0; round < 2; round++)
@@ -411,6 +647,14 @@ int main(void)
     tcase_add_test(t, long_chains_replace_each_other);
     tcase_add_test(t, everything_leased_is_full_and_then_not);
     tcase_add_test(t, pinned_chains_stay);
+    tcase_add_test(t, shrinking_ends_where_nothing_can_go);
+    tcase_add_test(t, shrinking_takes_nothing_for_nothing);
+    tcase_add_test(t, one_long_chain_is_listed_once);
+    tcase_add_test(t, a_long_chain_goes_on_a_small_stack);
+    tcase_add_loop_test(t, leased_victims_are_not_all, 0, 2);
+    tcase_add_test(t, a_full_space_keeps_most_of_its_tree);
+    tcase_add_test(t, leases_on_the_oldest_do_not_fill_a_space);
+    tcase_add_test(t, slab_numbers_come_back);
     tcase_add_test(t, leases_hold_against_eviction);
     suite_add_tcase(s, t);
     runner = srunner_create(s);

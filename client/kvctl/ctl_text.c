@@ -118,7 +118,8 @@ char *text_key(const uint8_t *key, size_t n, char *buf)
     return buf;
 }
 
-void json_string(FILE *out, const char *text)
+/* A JSON string with its quotes. */
+static void json_string(FILE *out, const char *text)
 {
     putc('"', out);
     for (const unsigned char *p = (const unsigned char *)text; *p; p++) {

@@ -21,8 +21,6 @@ char *text_usec(uint64_t usec, char *buf);
 /* n bytes as 2n hex digits. */
 char *text_key(const uint8_t *key, size_t n, char *buf);
 
-/* A JSON string with its quotes. */
-void json_string(FILE *out, const char *text);
 /* "name": "value" and the like, each with a comma before it unless first. */
 void json_text(FILE *out, bool first, const char *name, const char *value);
 void json_u64(FILE *out, bool first, const char *name, uint64_t value);

@@ -79,6 +79,20 @@ int kvd_codec_bytes(const char *spec, int is_v, size_t n_tokens, size_t dim, siz
     return KVD_OK;
 }
 
+/* The same for numbers of a dtype; on failure the error is set. */
+static int prepare_coding(const char *spec, int is_v, enum kvd_dtype dtype, size_t n_tokens, size_t dim,
+                          struct codec_spec *ret)
+{
+    const char *reason;
+    int r = prepare(spec, is_v, n_tokens, dim, ret, &reason);
+
+    if (r == 0 && !dtype_of(dtype)) {
+        reason = "dtype is none of enum kvd_dtype";
+        r = KVD_E_LAYOUT;
+    }
+    return r == 0 ? KVD_OK : error_set(0, r, "%s: %s", spec ? spec : "", reason);
+}
+
 static const char *fault_name(enum codec_fault_kind kind)
 {
     return kind == CODEC_FAULT_NAN ? "is NaN" : kind == CODEC_FAULT_INF ? "is infinite" : "is out of the codec's range";
@@ -91,12 +105,10 @@ int kvd_codec_encode(const char *spec, int is_v, enum kvd_dtype dtype, const voi
     size_t stride = dim * codec_dtype_bytes(type);
     struct codec_fault fault = {.kind = CODEC_FAULT_NONE};
     struct codec_spec s;
-    const char *reason;
-    int r = prepare(spec, is_v, n_tokens, dim, &s, &reason);
+    int r = prepare_coding(spec, is_v, dtype, n_tokens, dim, &s);
 
-    if (r != 0 || !stride)
-        return error_set(0, KVD_E_LAYOUT, "%s: %s", spec ? spec : "",
-                         r != 0 ? reason : "dtype is none of enum kvd_dtype");
+    if (r != 0)
+        return r;
     r = codec_encode(best_ops(), &s, NULL, type, src, stride, (uint32_t)n_tokens, (uint32_t)dim, code,
                      (uint8_t *)code + codec_side_bytes(&s, (uint32_t)n_tokens, (uint32_t)dim));
     if (r == -EDOM) {
@@ -113,12 +125,10 @@ int kvd_codec_decode(const char *spec, int is_v, const void *code, size_t n_toke
     enum codec_dtype type = dtype_of(dtype);
     size_t stride = dim * codec_dtype_bytes(type);
     struct codec_spec s;
-    const char *reason;
-    int r = prepare(spec, is_v, n_tokens, dim, &s, &reason);
+    int r = prepare_coding(spec, is_v, dtype, n_tokens, dim, &s);
 
-    if (r != 0 || !stride)
-        return error_set(0, KVD_E_LAYOUT, "%s: %s", spec ? spec : "",
-                         r != 0 ? reason : "dtype is none of enum kvd_dtype");
+    if (r != 0)
+        return r;
     r = codec_decode(best_ops(), &s, NULL, code,
                      (const uint8_t *)code + codec_side_bytes(&s, (uint32_t)n_tokens, (uint32_t)dim),
                      (uint32_t)n_tokens, (uint32_t)dim, 0, (uint32_t)n_tokens, type, dst, stride);

@@ -83,7 +83,7 @@ static void lease_run(struct kvd_prefix *p, uint32_t group, size_t from, size_t 
     for (size_t i = from; i < from + got; i++)
         atomic_store_explicit(&life->leases[h->words[i]], shm_ref(h->hits[i].entry, h->hits[i].gen),
                               memory_order_relaxed);
-    ok = lookup_confirm_many(&life->view, h->hits + from, got);
+    ok = lookup_confirm(&life->view, h->hits + from, got);
     if (ok < got)
         atomic_fetch_add_explicit(&life->page->n_stale, 1, memory_order_relaxed);
     if (ok == to - from) {

@@ -58,14 +58,6 @@ void mux_reply_clear(struct mux_reply *reply)
     *reply = (struct mux_reply){0};
 }
 
-int mux_reply_take_fd(struct mux_reply *reply, size_t i)
-{
-    int fd = reply->fds[i];
-
-    reply->fds[i] = -1;
-    return fd;
-}
-
 static void finish(struct mux_call *call, int error, const char *reason)
 {
     call->done = true;
@@ -208,6 +200,33 @@ static int send_all(struct mux *mux, const struct mux_call *call, const void *bo
     return 0;
 }
 
+/* Takes the call out and lets another waiter receive (M2, M3). By lock. */
+static void unlink_call(struct mux *mux, struct mux_call *call)
+{
+    struct mux_call **p = &mux->pending;
+
+    while (*p != call)
+        p = &(*p)->next;
+    *p = call->next;
+    if (mux->receiving)
+        return;
+    for (struct mux_call *c = mux->pending; c; c = c->next)
+        if (c->waiting) {
+            pthread_cond_signal(&c->cond);
+            return;
+        }
+}
+
+/* Of a request that could not be sent. */
+static void cancel(struct mux *mux, struct mux_call *call)
+{
+    pthread_mutex_lock(&mux->lock);
+    unlink_call(mux, call);
+    pthread_mutex_unlock(&mux->lock);
+    pthread_cond_destroy(&call->cond);
+    mux_reply_clear(&call->reply);
+}
+
 int mux_send(struct mux *mux, struct mux_call *call, uint16_t type, const void *body, size_t n, const int *fds,
              size_t n_fds, uint32_t timeout_msec)
 {
@@ -235,34 +254,8 @@ int mux_send(struct mux *mux, struct mux_call *call, uint16_t type, const void *
     }
     r = send_all(mux, call, body, n, fds, n_fds, timeout_msec);
     if (r != 0)
-        mux_cancel(mux, call);
+        cancel(mux, call);
     return r;
-}
-
-/* Takes the call out and lets another waiter receive (M2, M3). By lock. */
-static void unlink_call(struct mux *mux, struct mux_call *call)
-{
-    struct mux_call **p = &mux->pending;
-
-    while (*p != call)
-        p = &(*p)->next;
-    *p = call->next;
-    if (mux->receiving)
-        return;
-    for (struct mux_call *c = mux->pending; c; c = c->next)
-        if (c->waiting) {
-            pthread_cond_signal(&c->cond);
-            return;
-        }
-}
-
-void mux_cancel(struct mux *mux, struct mux_call *call)
-{
-    pthread_mutex_lock(&mux->lock);
-    unlink_call(mux, call);
-    pthread_mutex_unlock(&mux->lock);
-    pthread_cond_destroy(&call->cond);
-    mux_reply_clear(&call->reply);
 }
 
 int mux_wait(struct mux *mux, struct mux_call *call, uint32_t timeout_msec, struct mux_reply *ret_reply)

@@ -12,8 +12,7 @@
  *          becomes the receiver +--+
  *
  * Invariants: M1 at most one call receives; M2 if somebody waits, somebody receives or is about to (it was
- * signalled); M3 a call is in the list from mux_send() to the end of mux_wait() or mux_cancel(), and only its owner
- * takes it out.
+ * signalled); M3 a call is in the list from mux_send() to the end of mux_wait(), and only its owner takes it out.
  *
  * Any thread. Errors are enum kvd_error, details by error_set(). Includes: proto/frame.h. */
 #ifndef KVD_MUX_H
@@ -64,12 +63,11 @@ void mux_deinit(struct mux *mux);
 /* Ends every pending and future call with error; the descriptor stays open until mux_deinit(). Any thread. */
 void mux_kill(struct mux *mux, int error);
 
-/* Sends a request; fds are borrowed. On success the caller owes mux_wait() or mux_cancel(). */
+/* Sends a request; fds are borrowed. On success the caller owes mux_wait(). */
 int mux_send(struct mux *mux, struct mux_call *call, uint16_t type, const void *body, size_t n, const int *fds,
              size_t n_fds, uint32_t timeout_msec);
 /* Waits for the reply; ret_reply (may be NULL) is filled on success. */
 int mux_wait(struct mux *mux, struct mux_call *call, uint32_t timeout_msec, struct mux_reply *ret_reply);
-void mux_cancel(struct mux *mux, struct mux_call *call);
 
 /* mux_send() and mux_wait(). */
 int mux_request(struct mux *mux, uint16_t type, const void *body, size_t n, const int *fds, size_t n_fds,
@@ -77,8 +75,6 @@ int mux_request(struct mux *mux, uint16_t type, const void *body, size_t n, cons
 
 /* Frees the body and closes what descriptors are left. */
 void mux_reply_clear(struct mux_reply *reply);
-/* Takes descriptor i out of the reply: the caller owns it. */
-int mux_reply_take_fd(struct mux_reply *reply, size_t i);
 
 uint64_t mux_now_msec(void);
 
