@@ -87,12 +87,22 @@ void daemon_status(struct daemon *d)
                (double)d->budget.limit_bytes / (1 << 20), m->lookups ? 100.0 * (double)m->hits / (double)m->lookups : 0.0);
 }
 
+static void warn_of_host_bytes(struct daemon *d)
+{
+    uint64_t bytes = (uint64_t)sysconf(_SC_PHYS_PAGES) * (uint64_t)sysconf(_SC_PAGESIZE);
+
+    if (d->budget.limit_bytes > bytes)
+        log_write(&d->log, LOG_WARNING, "host_bytes is %llu, this machine has %llu bytes: it will run out of memory before blocks are evicted",
+                  (unsigned long long)d->budget.limit_bytes, (unsigned long long)bytes);
+}
+
 void daemon_apply_options(struct daemon *d)
 {
     const struct options *o = &d->options;
 
     d->log.level = (enum log_level)o->log_level;
     d->budget.limit_bytes = o->host_bytes;
+    warn_of_host_bytes(d);
     d->budget.hugepages = (enum slab_hugepages)o->hugepages;
     d->budget.numa_interleave = o->numa != 0;
     tenants_apply(d); /* says in the log what it could not do */
@@ -186,6 +196,7 @@ int daemon_create(struct options *options, struct daemon **ret)
     d->budget = (struct budget){.limit_bytes = options->host_bytes,
                                 .hugepages = (enum slab_hugepages)options->hugepages,
                                 .numa_interleave = options->numa != 0};
+    warn_of_host_bytes(d);
     r = make_parts(d, &what);
     if (r < 0) {
         if (what)
