@@ -41,7 +41,9 @@ man_MANS += docs/man/kvd.8 docs/man/kvd.conf.5
 EXTRA_DIST += docs/man/kvd.8.in docs/man/kvd.conf.5.in
 CLEANFILES += docs/man/kvd.8 docs/man/kvd.conf.5
 
-docs/man/kvd.8: $(srcdir)/docs/man/kvd.8.in daemon/options_man$(EXEEXT)
-	$(AM_V_GEN)$(MKDIR_P) docs/man && daemon/options_man < $(srcdir)/docs/man/kvd.8.in > $@.tmp && mv $@.tmp $@
-docs/man/kvd.conf.5: $(srcdir)/docs/man/kvd.conf.5.in daemon/options_man$(EXEEXT)
-	$(AM_V_GEN)$(MKDIR_P) docs/man && daemon/options_man < $(srcdir)/docs/man/kvd.conf.5.in > $@.tmp && mv $@.tmp $@
+MAN_EDIT = $(SED) -e 's|@VERSION[@]|$(PACKAGE_VERSION)|g' -e 's|@sysconfdir[@]|$(sysconfdir)|g'
+
+docs/man/kvd.8: $(srcdir)/docs/man/kvd.8.in daemon/options_man$(EXEEXT) Makefile
+	$(AM_V_GEN)$(MKDIR_P) docs/man && $(MAN_EDIT) $(srcdir)/docs/man/kvd.8.in | daemon/options_man > $@.tmp && mv $@.tmp $@
+docs/man/kvd.conf.5: $(srcdir)/docs/man/kvd.conf.5.in daemon/options_man$(EXEEXT) Makefile
+	$(AM_V_GEN)$(MKDIR_P) docs/man && $(MAN_EDIT) $(srcdir)/docs/man/kvd.conf.5.in | daemon/options_man > $@.tmp && mv $@.tmp $@

@@ -174,7 +174,7 @@ int main(int argc, char **argv)
     }
     if (flags.help || flags.version || flags.check) {
         if (flags.help)
-            options_print_help(stdout);
+            options_print_help(stdout, KVD_DEFAULT_CONFIG);
         else
             puts(flags.version ? PACKAGE_NAME " " PACKAGE_VERSION : "kvd: the configuration is right");
         options_deinit(&options);

@@ -2,21 +2,11 @@
  *
  *     options_man < TEMPLATE > RESULT
  *
- * A line that is @FLAGS@, @KEYS@ or @TENANT_KEYS@ is replaced by that form of the table; @VERSION@ anywhere by the version. */
+ * A line that is @FLAGS@, @KEYS@ or @TENANT_KEYS@ is replaced by that form of the table. */
 #include <stdio.h>
 #include <string.h>
 
 #include "daemon/options_print.h"
-
-static void put_line(const char *line)
-{
-    const char *at = strstr(line, "@VERSION@");
-
-    if (at)
-        printf("%.*s%s%s", (int)(at - line), line, PACKAGE_VERSION, at + strlen("@VERSION@"));
-    else
-        fputs(line, stdout);
-}
 
 int main(void)
 {
@@ -36,7 +26,7 @@ int main(void)
         if (i < sizeof(forms) / sizeof(forms[0]))
             forms[i].print(stdout);
         else
-            put_line(line);
+            fputs(line, stdout);
     }
     return ferror(stdin) || fflush(stdout) != 0;
 }

@@ -33,12 +33,7 @@ static void flag_name(const struct option *o, char *buf, size_t n)
             *buf = '-';
 }
 
-static const char *or_empty(const char *text)
-{
-    return *text ? text : "empty";
-}
-
-void options_print_help(FILE *out)
+void options_print_help(FILE *out, const char *default_config)
 {
     const struct option *o;
     char name[64], allowed[OPTION_TEXT_MAX];
@@ -46,13 +41,14 @@ void options_print_help(FILE *out)
     fprintf(out, "usage: kvd [--config=FILE] [--NAME=VALUE ...]\n\n"
                  "The host's prefix KV cache for inference workers. Options are read from the file's section [kvd],\n"
                  "then from the command line; tenants are sections of the file. See kvd(8) and kvd.conf(5).\n\n"
-                 "  --config=FILE    configuration file\n"
+                 "  --config=FILE    configuration file, which must exist; else %s if it does\n"
                  "  --check          read the configuration, say what is wrong with it, and end\n"
                  "  --version\n"
-                 "  --help\n\nOptions (* can change while the daemon runs: by SIGHUP or kvctl config):\n\n");
+                 "  --help\n\nOptions (* can change while the daemon runs: by SIGHUP or kvctl config):\n\n",
+            default_config);
     for (size_t i = 0; (o = option_at(i)); i++) {
         flag_name(o, name, sizeof(name));
-        fprintf(out, "  --%s=%s%s\n", name, or_empty(o->default_text), o->live ? " *" : "");
+        fprintf(out, "  --%s=%s%s\n", name, o->default_text, o->live ? " *" : "");
         wrap(out, o->help, "      ");
         fprintf(out, "      Allowed: %s.\n", option_allowed(o, allowed));
     }
@@ -82,7 +78,7 @@ static void roff_item(FILE *out, const struct option *o, const char *prefix, con
     fputs("\nAllowed: ", out);
     roff(out, option_allowed(o, allowed));
     fputs(". Default: ", out);
-    roff(out, or_empty(o->default_text));
+    roff(out, *o->default_text ? o->default_text : "empty");
     fprintf(out, ".%s\n", o->live ? "" : " Takes effect after a restart.");
 }
 

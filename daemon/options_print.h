@@ -4,7 +4,8 @@
 
 #include <stdio.h>
 
-void options_print_help(FILE *out);
+/* default_config: the file that is read if none is named. */
+void options_print_help(FILE *out, const char *default_config);
 /* roff list items: the flags of kvd(8) or the keys of kvd.conf(5). */
 void options_print_man_flags(FILE *out);
 void options_print_man_keys(FILE *out);
