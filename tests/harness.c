@@ -146,6 +146,20 @@ void harness_write_config(struct harness *h)
         test_die(NULL, "%s: %s", h->config, strerror(errno));
 }
 
+/* In a child: becomes argv[0] as uid. The file is opened before the user changes, because a tree in somebody's home folder is often
+ * closed to other users. Returns only if it fails. */
+static void exec_as(uid_t uid, char *const argv[])
+{
+    int fd = open(argv[0], O_PATH | O_CLOEXEC);
+
+    if (uid != getuid() && (setgroups(0, NULL) < 0 || setgid(uid) < 0 || setuid(uid) < 0))
+        return;
+    prctl(PR_SET_PDEATHSIG, SIGKILL); /* a change of user clears it */
+    execv(argv[0], argv);
+    if (errno == EACCES && fd >= 0)
+        fexecve(fd, argv, environ);
+}
+
 /* ---- the daemon's life ---- */
 
 static void exec_daemon(const struct harness *h, const char *extra_flag)
@@ -156,10 +170,7 @@ static void exec_daemon(const struct harness *h, const char *extra_flag)
 
     if (log < 0 || dup2(log, 1) < 0 || dup2(log, 2) < 0)
         _exit(126);
-    if (h->uid != getuid() && (setgroups(0, NULL) < 0 || setgid(h->uid) < 0 || setuid(h->uid) < 0))
-        _exit(125);
-    prctl(PR_SET_PDEATHSIG, SIGKILL); /* a change of user clears it */
-    execl(path, path, "--config", h->config, extra_flag, (char *)NULL);
+    exec_as(h->uid, (char *[]){(char *)path, "--config", (char *)h->config, (char *)extra_flag, NULL});
     dprintf(2, "%s: %s\n", path, strerror(errno));
     _exit(127);
 }
@@ -381,10 +392,7 @@ void worker_start(struct worker *w, const struct harness *h, uid_t uid)
 
         if (dup2(in[0], 0) < 0 || dup2(out[1], 1) < 0)
             _exit(126);
-        if (uid != (uid_t)-1 && (setgroups(0, NULL) < 0 || setgid(uid) < 0 || setuid(uid) < 0))
-            _exit(125);
-        prctl(PR_SET_PDEATHSIG, SIGKILL); /* a change of user clears it */
-        execl(path, path, "script", h->socket, (char *)NULL);
+        exec_as(uid == (uid_t)-1 ? getuid() : uid, (char *[]){(char *)path, "script", (char *)h->socket, NULL});
         _exit(127);
     }
     close(in[0]);
@@ -396,15 +404,20 @@ void worker_start(struct worker *w, const struct harness *h, uid_t uid)
     worker_ask(w, "info"); /* it has attached, or tried to */
 }
 
+__attribute__((format(printf, 2, 0))) static void tell(struct worker *w, const char *format, va_list args)
+{
+    vfprintf(w->to, format, args);
+    fputc('\n', w->to);
+    fflush(w->to);
+}
+
 void worker_tell(struct worker *w, const char *format, ...)
 {
     va_list args;
 
     va_start(args, format);
-    vfprintf(w->to, format, args);
+    tell(w, format, args);
     va_end(args);
-    fputc('\n', w->to);
-    fflush(w->to);
 }
 
 const char *worker_answer(struct worker *w)
@@ -420,10 +433,8 @@ const char *worker_ask(struct worker *w, const char *format, ...)
     va_list args;
 
     va_start(args, format);
-    vfprintf(w->to, format, args);
+    tell(w, format, args);
     va_end(args);
-    fputc('\n', w->to);
-    fflush(w->to);
     return worker_answer(w);
 }
 

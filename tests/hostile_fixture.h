@@ -17,7 +17,8 @@ struct fixture {
     uint32_t space;
 };
 
-static inline struct fixture *setup(void)
+/* options: lines of the daemon's file, up to a NULL. */
+static inline struct fixture *setup_with(const char *const *options)
 {
     struct fixture *f = calloc(1, sizeof(*f));
 
@@ -25,9 +26,8 @@ static inline struct fixture *setup(void)
         abort();
     raw_init(&f->raw);
     harness_init(&f->h);
-    harness_option(&f->h, "hello_timeout = 300ms");
-    harness_option(&f->h, "stuck_timeout = 500ms");
-    harness_option(&f->h, "reply_queue_bytes = 128K");
+    for (; *options; options++)
+        harness_option(&f->h, *options);
     harness_start(&f->h);
     worker_start(&f->victim, &f->h, (uid_t)-1);
     ck_assert_int_eq(strncmp(worker_ask(&f->victim, "open 0 raw 64"), "ok ", 3), 0);
@@ -35,6 +35,13 @@ static inline struct fixture *setup(void)
     ck_assert_str_eq(worker_ask(&f->victim, "publish 0 0 10 0"), "ok 10 0 0");
     ck_assert_str_eq(worker_ask(&f->victim, "match 0 7 160"), "ok 160");
     return f;
+}
+
+static inline struct fixture *setup(void)
+{
+    static const char *const options[] = {"hello_timeout = 300ms", "stuck_timeout = 500ms", "reply_queue_bytes = 128K", NULL};
+
+    return setup_with(options);
 }
 
 /* The victim works on as before. */

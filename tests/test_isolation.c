@@ -219,25 +219,14 @@ static uint8_t hex(char c)
 
 START_TEST(another_tenant_sees_nothing)
 {
-    struct fixture *f = calloc(1, sizeof(*f));
+    static const char *const options[] = {"socket_mode = 0666", "[tenant other]", "uid = 65534", NULL};
+    struct fixture *f = setup_with(options);
     struct worker other;
     uint8_t key[32];
     const char *said;
     pid_t pid;
     int status;
 
-    ck_assert_ptr_nonnull(f);
-    raw_init(&f->raw);
-    harness_init(&f->h);
-    harness_option(&f->h, "socket_mode = 0666");
-    harness_option(&f->h, "[tenant other]");
-    harness_option(&f->h, "uid = 65534");
-    harness_start(&f->h);
-    worker_start(&f->victim, &f->h, (uid_t)-1);
-    ck_assert_int_eq(strncmp(worker_ask(&f->victim, "open 0 raw 64"), "ok ", 3), 0);
-    ck_assert_str_eq(worker_ask(&f->victim, "match 0 7 160"), "ok 0");
-    ck_assert_str_eq(worker_ask(&f->victim, "publish 0 0 10 0"), "ok 10 0 0");
-    ck_assert_str_eq(worker_ask(&f->victim, "match 0 7 160"), "ok 160");
     said = worker_ask(&f->victim, "key 0 0");
     ck_assert_uint_eq(strlen(said), 3 + 64);
     for (int i = 0; i < 32; i++)
