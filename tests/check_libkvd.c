@@ -1131,7 +1131,8 @@ struct churn {
     struct bed *b;
     uint32_t number;
     _Atomic int *stop;
-    uint64_t n_wrong, n_used, n_published;
+    uint64_t n_wrong, n_published;
+    _Atomic uint64_t n_used;
 };
 
 static void *churner(void *ctx)
@@ -1155,7 +1156,7 @@ static void *churner(void *ctx)
             cache_init(&empty, 2, 6 * B, false);
             r = kvd_load(p, 0, n / B, KVD_F32, empty.kv, KVD_LOAD_VERIFY);
             if (r == KVD_OK) {
-                churn->n_used += n / B;
+                atomic_fetch_add(&churn->n_used, n / B);
                 churn->n_wrong += cache_wrong(&empty, 1, 0, n);
             } else if (r != KVD_E_GONE && r != KVD_E_STALE) {
                 churn->n_wrong++;
@@ -1190,12 +1191,14 @@ START_TEST(restarts_under_load)
         fake_stop(b.fake, i % 2);
         b.fake = start();
     }
-    usleep(50000);
+    /* A slow machine needs the last daemon for a while; one that never gets there runs into the suite's time limit. */
+    while (atomic_load(&churn[0].n_used) + atomic_load(&churn[1].n_used) + atomic_load(&churn[2].n_used) == 0)
+        usleep(10000);
     atomic_store(&stop, 1);
     for (int i = 0; i < 3; i++) {
         pthread_join(t[i], NULL);
         ck_assert_uint_eq(churn[i].n_wrong, 0);
-        used += churn[i].n_used;
+        used += atomic_load(&churn[i].n_used);
         published += churn[i].n_published;
     }
     kvd_get_info(b.k, &info);

@@ -5,7 +5,10 @@
 set -u
 
 build=${KVD_BUILDDIR:-.}
-grep -q 'define KVD_FAULT_POINTS' "$build/config.h" || exit 77
+if ! grep -q 'define KVD_FAULT_POINTS' "$build/config.h"; then
+    echo "this build has no fault points: configure with --enable-fault-points"
+    exit 77
+fi
 dir=$(mktemp -d)
 socket=$dir/kvd.sock
 pid=
