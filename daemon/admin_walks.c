@@ -68,23 +68,48 @@ static void one_pin(struct one_walk *o)
     reply(o->walk.session, o->walk.type, o->walk.request_id, &out.base, NULL, 0);
 }
 
+static void no_such_block(struct walk *w)
+{
+    reply_error(w->session, w->request_id, ERROR_NOT_FOUND, "", "no block has a key that begins so");
+}
+
+static void one_show(struct one_walk *o)
+{
+    static const Kvd__V1__BlockInfo empty = KVD__V1__BLOCK_INFO__INIT;
+    Kvd__V1__ListReply out = KVD__V1__LIST_REPLY__INIT;
+    Kvd__V1__BlockInfo blocks[SPACE_GROUPS_MAX], *list[SPACE_GROUPS_MAX];
+    struct cache_entry_info info[SPACE_GROUPS_MAX];
+    size_t n = 0;
+
+    for (uint32_t i = 0; i < o->n; i++) {
+        if (!cache_entry_info(o->tenant->cache, o->entries[i], &info[n]) || memcmp(info[n].key, o->first.key, KEY_BYTES) != 0)
+            continue; /* evicted in the turns since */
+        blocks[n] = empty;
+        block_info(o->tenant, &info[n], &blocks[n]);
+        list[n] = &blocks[n];
+        n++;
+    }
+    out.n_block = n;
+    out.block = list;
+    if (n)
+        reply(o->walk.session, o->walk.type, o->walk.request_id, &out.base, NULL, 0);
+    else
+        no_such_block(&o->walk);
+}
+
 static void one_finish(struct walk *w)
 {
     struct one_walk *o = (struct one_walk *)w;
-    Kvd__V1__BlockInfo out = KVD__V1__BLOCK_INFO__INIT;
-    struct cache_entry_info info;
 
     if (o->ambiguous)
         reply_error(w->session, w->request_id, ERROR_AMBIGUOUS, "more of the key, or tenant or space",
                     "more than one block has a key that begins so");
-    else if (o->n == 0 || !cache_entry_info(o->tenant->cache, o->entries[0], &info))
-        reply_error(w->session, w->request_id, ERROR_NOT_FOUND, "", "no block has a key that begins so");
+    else if (o->n == 0)
+        no_such_block(w);
     else if (o->pin)
         one_pin(o);
-    else {
-        block_info(o->tenant, &info, &out);
-        reply(w->session, w->type, w->request_id, &out.base, NULL, 0);
-    }
+    else
+        one_show(o);
 }
 
 static void one_deinit(struct walk *w)

@@ -135,6 +135,9 @@ expect 0 "^key +$key" show "$key"
 expect 0 "\"key\": \"$key\"" show --json "$(echo "$key" | cut -c 1-16)"
 expect 1 'not found' show 0000000000000000
 expect 2 'hex digits' show abc
+expect 0 '^space +1' show --space=1 --tenant=default "$key"
+expect 1 'not found' show --space=2 "$key"
+expect 1 'no tenant' show --tenant=nobody "$key"
 expect 0 '^pinned [1-4] blocks' pin "$key"
 expect 0 '^verified 4 blocks.* 0 bad' verify
 expect 0 '"bad": 0' verify --json

@@ -18,7 +18,8 @@ const struct ctl_opt ls_opts[] = {
 enum { OPT_LIMIT = SELECT_N, OPT_LONG, OPT_JSON };
 
 const struct ctl_opt show_opts[] = {
-    {"json", 'j', NULL, "one JSON object"},
+    ONE_OPTS,
+    {"json", 'j', NULL, "one JSON array"},
     {NULL, 0, NULL, NULL},
 };
 
@@ -211,12 +212,18 @@ static int on_show(void *ctx, const struct kvd_block_info *b)
 {
     char key[65], parent[65], bytes[24], idle[24], age[24];
 
-    if (*(const bool *)ctx) {
-        putchar('{');
+    struct list *l = ctx;
+
+    if (l->json && l->n == 0)
+        putchar('[');
+    next(l);
+    if (l->json) {
         block_json(b);
-        puts("}");
+        putchar('}');
         return 0;
     }
+    if (l->n > 1)
+        putchar('\n');
     printf("key       %s\nparent    %s\ntenant    %s\nspace     %" PRIu32 "\ngroup     %" PRIu32 "\nfirst     %s\n"
            "bytes     %" PRIu64 " (%s)\ncrc32c    %08" PRIx32 "\ntier      %s\nchildren  %" PRIu32
            "\nleases    %" PRIu32 "\npins      %" PRIu32 "\nidle      %s\nage       %s\n",
@@ -228,18 +235,19 @@ static int on_show(void *ctx, const struct kvd_block_info *b)
 
 int run_show(struct ctl *ctl, const struct ctl_args *args)
 {
-    struct kvd_selector selector = {0};
-    uint8_t key[32];
-    bool json = args->set[0];
+    struct list list = {.json = args->set[ONE_N], .left = UINT64_MAX};
+    struct select select;
     kvd *session;
-    int r;
+    int r = select_parse_one(args, &select);
 
-    if (!text_parse_key(args->rest[0], key, &selector.n_key))
-        return ctl_usage("\"%s\" is no key: an even number of hex digits, at most 64", args->rest[0]);
-    selector.key = key;
-    r = ctl_attach(ctl, &session);
+    if (r == EXIT_OK)
+        r = ctl_attach(ctl, &session);
     if (r != EXIT_OK)
         return r;
-    r = kvd_admin_show(session, &selector, on_show, &json);
-    return r == KVD_OK ? EXIT_OK : ctl_fail(ctl, r);
+    r = kvd_admin_show(session, &select.selector, on_show, &list);
+    if (r != KVD_OK)
+        return ctl_fail(ctl, r);
+    if (list.json)
+        puts("\n]");
+    return EXIT_OK;
 }

@@ -9,10 +9,28 @@
 
 #include "ctl_text.h"
 
-int select_parse(const struct ctl_args *args, struct select *ret)
+static int parse_space(const char *text, struct select *ret)
 {
     uint64_t number;
 
+    if (!text_parse_u64(text, &number) || number == 0 || number > UINT32_MAX)
+        return ctl_usage("--space=%s is no space's number; allowed: one that kvctl ls spaces shows", text);
+    ret->selector.space = (uint32_t)number;
+    return EXIT_OK;
+}
+
+int select_parse_one(const struct ctl_args *args, struct select *ret)
+{
+    *ret = (struct select){{0}};
+    if (!text_parse_key(args->rest[0], ret->key, &ret->selector.n_key))
+        return ctl_usage("\"%s\" is no key: an even number of hex digits, at most 64", args->rest[0]);
+    ret->selector.key = ret->key;
+    ret->selector.tenant = args->value[ONE_TENANT];
+    return args->set[ONE_SPACE] ? parse_space(args->value[ONE_SPACE], ret) : EXIT_OK;
+}
+
+int select_parse(const struct ctl_args *args, struct select *ret)
+{
     *ret = (struct select){{0}};
     for (int i = 0; i < SELECT_N; i++)
         ret->n_set += args->set[i];
@@ -21,11 +39,8 @@ int select_parse(const struct ctl_args *args, struct select *ret)
             return ctl_usage("--key=%s: an even number of hex digits is needed, at most 64", args->value[SELECT_KEY]);
         ret->selector.key = ret->key;
     }
-    if (args->set[SELECT_SPACE]) {
-        if (!text_parse_u64(args->value[SELECT_SPACE], &number) || number == 0 || number > UINT32_MAX)
-            return ctl_usage("--space=%s is no space's number; allowed: one that kvctl ls spaces shows", args->value[SELECT_SPACE]);
-        ret->selector.space = (uint32_t)number;
-    }
+    if (args->set[SELECT_SPACE] && parse_space(args->value[SELECT_SPACE], ret) != EXIT_OK)
+        return EXIT_USAGE;
     ret->selector.tenant = args->value[SELECT_TENANT];
     ret->selector.model = args->value[SELECT_MODEL];
     if (args->set[SELECT_IDLE] && !text_parse_usec(args->value[SELECT_IDLE], &ret->selector.idle_usec))
@@ -91,27 +106,23 @@ int run_evict(struct ctl *ctl, const struct ctl_args *args)
 /* ---- pin ---- */
 
 const struct ctl_opt pin_opts[] = {
-    {"tenant", 't', "NAME", "of this tenant (the same key may be in several)"},
+    ONE_OPTS,
     {NULL, 0, NULL, NULL},
 };
 
 static int pin(struct ctl *ctl, const struct ctl_args *args, int unpin)
 {
-    struct kvd_selector selector = {0};
+    struct select select;
     uint64_t blocks, bytes;
-    uint8_t key[32];
     char text[24];
     kvd *session;
-    int r;
+    int r = select_parse_one(args, &select);
 
-    if (!text_parse_key(args->rest[0], key, &selector.n_key))
-        return ctl_usage("\"%s\" is no key: an even number of hex digits, at most 64", args->rest[0]);
-    selector.key = key;
-    selector.tenant = args->value[0];
-    r = ctl_attach(ctl, &session);
+    if (r == EXIT_OK)
+        r = ctl_attach(ctl, &session);
     if (r != EXIT_OK)
         return r;
-    r = kvd_admin_pin(session, &selector, unpin, &blocks, &bytes);
+    r = kvd_admin_pin(session, &select.selector, unpin, &blocks, &bytes);
     if (r != KVD_OK)
         return ctl_fail(ctl, r);
     printf("%s %" PRIu64 " blocks, %s\n", unpin ? "unpinned" : "pinned", blocks, text_bytes(bytes, text));

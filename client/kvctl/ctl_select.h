@@ -15,6 +15,14 @@
     }
 enum { SELECT_KEY, SELECT_SPACE, SELECT_TENANT, SELECT_MODEL, SELECT_IDLE, SELECT_AGE, SELECT_N };
 
+/* Of the commands that name one key. First in their tables, in this order. */
+#define ONE_OPTS                                                                                                       \
+    {"tenant", 't', "NAME", "of this tenant (the same key may be in several)"},                                        \
+    {                                                                                                                  \
+        "space", 'S', "ID", "of this space (see kvctl ls spaces)"                                                      \
+    }
+enum { ONE_TENANT, ONE_SPACE, ONE_N };
+
 struct select {
     struct kvd_selector selector; /* points into this struct and argv */
     uint8_t key[32];
@@ -23,5 +31,7 @@ struct select {
 
 /* EXIT_OK or EXIT_USAGE (printed). */
 int select_parse(const struct ctl_args *args, struct select *ret);
+/* The same for the command's argument KEY and ONE_OPTS. */
+int select_parse_one(const struct ctl_args *args, struct select *ret);
 
 #endif

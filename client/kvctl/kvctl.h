@@ -1,5 +1,4 @@
-/* kvctl: one table of commands, each with its options; parsing, --help, the manual page's synopsis and the
- * completion come from it. */
+/* kvctl: one table of commands, each with its options; parsing, --help and the completion come from it. */
 #ifndef KVD_KVCTL_H
 #define KVD_KVCTL_H
 

@@ -355,6 +355,7 @@ int kvd_admin_spaces(kvd *session, const struct kvd_selector *selector,
                      int (*each)(void *ctx, const struct kvd_space_info *), void *ctx);
 int kvd_admin_workers(kvd *session, int (*each)(void *ctx, const struct kvd_worker_info *), void *ctx);
 int kvd_admin_tenants(kvd *session, int (*each)(void *ctx, const struct kvd_tenant_info *), void *ctx);
+/* The blocks of one key (or the beginning of one): one for each layer group that has it. */
 int kvd_admin_show(kvd *session, const struct kvd_selector *selector,
                    int (*each)(void *ctx, const struct kvd_block_info *), void *ctx);
 int kvd_admin_evict(kvd *session, const struct kvd_selector *selector, uint64_t max_bytes, int dry_run,

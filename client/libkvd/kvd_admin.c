@@ -263,19 +263,22 @@ int kvd_admin_show(kvd *session, const struct kvd_selector *selector,
 {
     Kvd__V1__Show m = KVD__V1__SHOW__INIT;
     Kvd__V1__Selector sel;
-    Kvd__V1__BlockInfo *a;
-    struct kvd_block_info block;
-    int r = check_session(session);
+    Kvd__V1__ListReply *a;
+    int r = check_session(session), stop = 0;
 
     fill_selector(selector, &sel);
     m.selector = &sel;
     if (r == 0)
-        r = ask(session, FRAME_SHOW, &m.base, &kvd__v1__block_info__descriptor, session->timeout_msec, &a);
+        r = ask(session, FRAME_SHOW, &m.base, &kvd__v1__list_reply__descriptor, session->timeout_msec, &a);
     if (r != 0)
         return r;
-    fill_block(a, &block);
-    each(ctx, &block);
-    kvd__v1__block_info__free_unpacked(a, NULL);
+    for (size_t i = 0; i < a->n_block && !stop; i++) {
+        struct kvd_block_info block;
+
+        fill_block(a->block[i], &block);
+        stop = each(ctx, &block);
+    }
+    kvd__v1__list_reply__free_unpacked(a, NULL);
     return KVD_OK;
 }
 
