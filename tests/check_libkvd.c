@@ -92,6 +92,7 @@ static kvd_space *open_space(kvd *k, const uint32_t *windows, uint32_t n_windows
     d.layers = layers;
     d.n_layers = 2 + n_windows;
     ck_assert_msg(kvd_space_open(k, &d, &space) == KVD_OK, "%s", kvd_message(k));
+    ck_assert_str_eq(kvd_message(k), "");
     return space;
 }
 

@@ -118,7 +118,7 @@ static int pack_space(struct kvd_space *space, const struct kvd_space_desc *d)
     Kvd__V1__Group **group_at = calloc(d->n_groups, sizeof(*group_at));
     Kvd__V1__Layer *layers = calloc(d->n_layers, sizeof(*layers));
     Kvd__V1__Layer **layer_at = calloc(d->n_layers, sizeof(*layer_at));
-    int r = error_set(space->session->cookie, KVD_E_NOMEM, "no memory to describe a space");
+    int r = KVD_E_NOMEM;
 
     if (!groups || !group_at || !layers || !layer_at)
         goto done;
@@ -166,6 +166,8 @@ static int pack_space(struct kvd_space *space, const struct kvd_space_desc *d)
         r = 0;
     }
 done:
+    if (r == KVD_E_NOMEM)
+        error_set(space->session->cookie, r, "no memory to describe a space");
     free(groups);
     free(group_at);
     free(layers);
