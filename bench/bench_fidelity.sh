@@ -10,6 +10,13 @@
 # KVD_FIDELITY_CODECS: what to measure, as for kvd-llama --codecs.
 set -euo pipefail
 
+case ${1-} in
+-*)
+    sed -n '2,/^set/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2
+    exit 2
+    ;;
+esac
+
 src=${KVD_SRCDIR:-$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)}
 build=${KVD_BUILDDIR:-$src/build/release}
 llama=$src/client/engines/llama

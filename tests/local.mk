@@ -16,11 +16,11 @@ TEST_HELPERS =
 
 # ---- fuzz targets: see tests/fuzz/README.md ----
 #
-#   FUZZ_TARGETS += tests/fuzz/fuzz_frame
-#   tests_fuzz_fuzz_frame_SOURCES = tests/fuzz/fuzz_frame.c
+#   FUZZ_TARGETS += tests/fuzz/fuzz_frames
+#   tests_fuzz_fuzz_frame_SOURCES = tests/fuzz/fuzz_frames.c
 #   tests_fuzz_fuzz_frame_LDADD = $(KVD_PROTO_LIBS) $(FUZZ_LIBS)
 #   tests_fuzz_fuzz_frame_LDFLAGS = $(FUZZ_LINK)
-#   EXTRA_DIST += tests/fuzz/corpus/frame
+#   EXTRA_DIST += tests/fuzz/corpus/frames
 #
 # In a fuzz build libFuzzer drives them, in every other build tests/fuzz/driver.c replays the corpus.
 FUZZ_TARGETS =
