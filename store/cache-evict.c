@@ -130,6 +130,8 @@ static void detach(struct cache *c, uint32_t e)
 /* Ends the retirement of a batch, leaves first: what is leased, or has a child left, or is pinned or held, stays. */
 static void conclude(struct cache *c, const uint32_t *entries, size_t n, struct cache_evicted *ret)
 {
+    if (n == 0)
+        return;
     scan_leases(c);
     for (size_t i = 0; i < n; i++) {
         uint32_t e = entries[i];
@@ -188,32 +190,29 @@ void cache_evict(struct cache *c, const uint32_t *entries, size_t n, struct cach
 void cache_evict_up(struct cache *c, const uint32_t *entries, size_t n, bool (*want)(void *ctx, uint32_t entry),
                     void *ctx, uint64_t max_bytes, struct cache_evicted *ret)
 {
-    uint32_t batch[EVICT_BATCH_MAX];
+    uint32_t batch[EVICT_BATCH_MAX], up = CACHE_NONE; /* up: parent of what has just retired */
 
-    for (size_t i = 0; i < n && (!max_bytes || ret->bytes < max_bytes);) {
+    while ((n > 0 || up != CACHE_NONE) && (!max_bytes || ret->bytes < max_bytes)) {
         uint64_t bytes = ret->bytes;
         size_t here = 0;
 
-        for (; i < n && here < EVICT_BATCH_MAX && (!max_bytes || bytes < max_bytes); i++) {
-            uint32_t e = entries[i];
+        while (here < EVICT_BATCH_MAX && (!max_bytes || bytes < max_bytes)) {
+            uint32_t e = up;
 
+            /* Up the chain as far as it is wanted (a retiring child no longer counts), then on with the next one. */
+            up = CACHE_NONE;
+            if (e == CACHE_NONE || c->meta[e].state != ENTRY_VALID || c->meta[e].n_children || !want(ctx, e)) {
+                if (n == 0)
+                    break;
+                n--;
+                e = *entries++;
+            }
             if (!may_retire(c, e, ret))
                 continue;
-            do { /* up the chain as far as it is wanted: a retiring child no longer counts */
-                bytes += entry_bytes(c, e);
-                retire(c, e);
-                batch[here++] = e;
-                e = c->meta[e].parent;
-            } while (e != CACHE_NONE && here < EVICT_BATCH_MAX && (!max_bytes || bytes < max_bytes) &&
-                     c->meta[e].state == ENTRY_VALID && !c->meta[e].n_children && want(ctx, e) &&
-                     may_retire(c, e, ret));
-            if (e != CACHE_NONE && here == EVICT_BATCH_MAX && c->meta[e].state == ENTRY_VALID && want(ctx, e)) {
-                conclude(c, batch, here, ret); /* a chain longer than a batch: go on with what is left of it */
-                here = 0;
-                if (!c->meta[e].n_children && (!max_bytes || ret->bytes < max_bytes))
-                    cache_evict_up(c, &e, 1, want, ctx, max_bytes, ret);
-                bytes = ret->bytes;
-            }
+            bytes += entry_bytes(c, e);
+            retire(c, e);
+            batch[here++] = e;
+            up = c->meta[e].parent;
         }
         conclude(c, batch, here, ret);
     }
@@ -222,16 +221,27 @@ void cache_evict_up(struct cache *c, const uint32_t *entries, size_t n, bool (*w
 
 /* ---- making room ---- */
 
-/* Takes victims from the policy, as many as a 64th of the cache and at most a batch: one scan of the lease tables serves them all. */
-static uint64_t evict_some(struct cache *c)
+enum { ROUNDS_MAX = 8, LOOKS_MAX = 16384 };
+
+/* As many as go at once when one more is wanted: one scan of the lease tables serves them all. */
+static uint64_t batch_for(uint64_t n_blocks)
 {
-    uint64_t want = c->n_valid / 64 + 1;
+    return n_blocks / 64 + 1 < EVICT_BATCH_MAX ? n_blocks / 64 + 1 : EVICT_BATCH_MAX;
+}
+
+/* After a batch of which every block was leased. */
+static uint64_t more_than(uint64_t batch)
+{
+    return batch * 2 < EVICT_BATCH_MAX ? batch * 2 : EVICT_BATCH_MAX;
+}
+
+/* Takes victims from the policy, want at most. ret_asked: how many there were, leased ones included. */
+static uint64_t evict_some(struct cache *c, uint64_t want, uint64_t *ret_asked)
+{
     uint32_t batch[EVICT_BATCH_MAX];
     struct cache_evicted done = {0};
     size_t n = 0;
 
-    if (want > EVICT_BATCH_MAX)
-        want = EVICT_BATCH_MAX;
     while (n < want) {
         uint32_t e;
 
@@ -244,115 +254,171 @@ static uint64_t evict_some(struct cache *c)
     }
     conclude(c, batch, n, &done);
     cache_reap_zombies(c);
+    *ret_asked = n;
     return done.blocks;
+}
+
+/* Evicts by the policy. Where leases are in the way it asks for more and more. False: there is nothing more to ask for. */
+static bool evict_round(struct cache *c, uint64_t *want)
+{
+    uint64_t asked;
+
+    if (evict_some(c, *want, &asked) == 0)
+        *want = more_than(*want);
+    return asked > 0;
 }
 
 int cache_room_for_entry(struct cache *c)
 {
+    uint64_t want = batch_for(c->n_valid);
+
     if (c->n_free)
         return 0;
     cache_drain_hits(c);
-    for (int round = 0; round < 8 && !c->n_free; round++) /* more than one round only where leases are in the way */
-        if (evict_some(c) == 0 && round > 0)
+    for (int round = 0; round < ROUNDS_MAX && !c->n_free; round++)
+        if (!evict_round(c, &want))
             break;
     return c->n_free ? 0 : -ENOSPC;
 }
 
-/* Entries of owners[] and all that descends from them, leaves first: a chain's end before its beginning. Allocates. */
-static int gather_subtrees(struct cache *c, const uint32_t *owners, uint32_t n, uint32_t **ret_list, size_t *ret_n)
+struct entry_list {
+    uint32_t *entries;
+    size_t n, room;
+};
+
+static int list_add(struct cache *c, struct entry_list *l, uint32_t e)
 {
-    uint32_t *list = NULL;
-    size_t used = 0, cap = 0;
+    if (c->meta[e].listed)
+        return 0;
+    if (l->n == l->room) {
+        size_t room = l->room ? l->room * 2 : 256;
+        uint32_t *grown = realloc(l->entries, room * sizeof(*grown));
 
-    for (uint32_t i = 0; i < n; i++) {
-        size_t from = used;
-
-        if (c->meta[owners[i]].state != ENTRY_VALID)
-            continue;
-        for (size_t at = from; at == from || at < used; at++) {
-            uint32_t child;
-
-            if (used + 1 >= cap) {
-                size_t more = cap ? cap * 2 : 256;
-                uint32_t *grown = realloc(list, more * sizeof(*list));
-
-                if (!grown) {
-                    free(list);
-                    return -ENOMEM;
-                }
-                list = grown;
-                cap = more;
-            }
-            if (at == from && used == from)
-                list[used++] = owners[i];
-            for (child = c->meta[list[at]].first_child; child != CACHE_NONE; child = c->meta[child].next_sibling) {
-                if (used + 1 >= cap) {
-                    uint32_t *grown = realloc(list, cap * 2 * sizeof(*list));
-
-                    if (!grown) {
-                        free(list);
-                        return -ENOMEM;
-                    }
-                    list = grown;
-                    cap *= 2;
-                }
-                list[used++] = child;
-            }
-        }
+        if (!grown)
+            return -ENOMEM;
+        l->entries = grown;
+        l->room = room;
     }
-    *ret_list = list;
-    *ret_n = used;
+    c->meta[e].listed = true;
+    l->entries[l->n++] = e;
     return 0;
 }
 
-/* Evicts the owners and their descendants. An entry may stand in the list twice (below two owners): the second time it is gone. */
-static void evict_subtrees(struct cache *c, const uint32_t *owners, uint32_t n)
+/* Adds a VALID entry and all below it that is not listed yet, children before their parents. */
+static int list_subtree(struct cache *c, struct entry_list *l, uint32_t top)
+{
+    size_t from = l->n;
+    int r = list_add(c, l, top);
+
+    for (size_t at = from; r == 0 && at < l->n; at++)
+        for (uint32_t e = c->meta[l->entries[at]].first_child; e != CACHE_NONE && r == 0; e = c->meta[e].next_sibling)
+            r = list_add(c, l, e);
+    for (size_t i = from, k = l->n; i + 1 < k; i++) { /* it came level by level from the top */
+        uint32_t e = l->entries[i];
+
+        l->entries[i] = l->entries[--k];
+        l->entries[k] = e;
+    }
+    return r;
+}
+
+/* Entries of owners[] and all that descends from them, each once, in the order in which they may go. On success entries are the
+ * caller's to free, and still marked as listed. */
+static int gather_subtrees(struct cache *c, const uint32_t *owners, uint32_t n, struct entry_list *ret)
+{
+    int r = 0;
+
+    *ret = (struct entry_list){0};
+    for (uint32_t i = 0; i < n && r == 0; i++)
+        if (c->meta[owners[i]].state == ENTRY_VALID)
+            r = list_subtree(c, ret, owners[i]);
+    return r;
+}
+
+static void list_done(struct cache *c, struct entry_list *l)
+{
+    for (size_t i = 0; i < l->n; i++)
+        c->meta[l->entries[i]].listed = false;
+}
+
+/* Does anything keep one of the listed entries? A look ahead: a lease that comes later is found when they retire. */
+static bool list_is_kept(const struct cache *c, const struct entry_list *l)
+{
+    for (size_t i = 0; i < l->n; i++) {
+        const struct meta *m = &c->meta[l->entries[i]];
+
+        if (m->state != ENTRY_VALID || m->n_pins || m->n_holds)
+            return true;
+    }
+    for (uint32_t i = 0; i < c->n_pages; i++)
+        for (uint32_t k = 0; k < c->pages[i]->n_leases; k++) {
+            uint64_t ref = atomic_load_explicit(&c->pages[i]->leases[k], memory_order_relaxed);
+            uint32_t e = shm_ref_entry(ref);
+
+            if (ref != 0 && e < c->config.n_entries && c->meta[e].listed && index_gen(&c->index, e) == shm_ref_gen(ref))
+                return true;
+        }
+    return false;
+}
+
+/* Evicts all owners of a slab's slots and what descends from them, or, if one of them has to stay, none: the slab is of no use
+ * then. False: none. */
+static bool evict_owners(struct cache *c, const uint32_t *owners, uint32_t n)
 {
     struct cache_evicted done = {0};
     uint32_t batch[EVICT_BATCH_MAX];
-    uint32_t *list = NULL;
-    size_t used = 0, here = 0;
+    struct entry_list list;
+    size_t here = 0;
+    bool go = gather_subtrees(c, owners, n, &list) == 0;
 
-    if (gather_subtrees(c, owners, n, &list, &used) < 0)
-        return;
-    while (used > 0) { /* backwards: breadth-first order has every child behind its parent */
-        uint32_t e = list[--used];
+    for (uint32_t i = 0; i < n && go; i++) /* being encoded, or found bad and leased */
+        go = c->meta[owners[i]].state == ENTRY_VALID;
+    go = go && !list_is_kept(c, &list);
+    list_done(c, &list);
+    for (size_t i = 0; i < list.n && go; i++) {
+        uint32_t e = list.entries[i];
 
         if (may_retire(c, e, &done)) {
             retire(c, e);
             batch[here++] = e;
         }
-        if (here == EVICT_BATCH_MAX || (used == 0 && here > 0)) {
+        if (here == EVICT_BATCH_MAX || (i + 1 == list.n && here > 0)) {
             conclude(c, batch, here, &done);
             here = 0;
         }
     }
-    free(list);
+    free(list.entries);
+    return go;
 }
 
-enum { STEAL_TRIES = 3, STEAL_OWNERS_MAX = 4096, ROUNDS_MAX = 8 };
+/* Room for the owners of any slab's slots. */
+static uint32_t *owners_alloc(const struct cache *c)
+{
+    struct tier_info info;
+
+    c->tier->info(c->host, &info);
+    return malloc((info.slab_slots_max ? info.slab_slots_max : 1) * sizeof(uint32_t));
+}
 
 /* No block of this size leaves soon enough: empties the slab of another size that costs least, to be cut anew. */
 static int steal_slab(struct cache *c, uint64_t bytes, uint32_t owner, uint64_t *ret_loc)
 {
-    uint32_t *owners = malloc(STEAL_OWNERS_MAX * sizeof(*owners));
-    uint32_t n;
+    uint32_t *owners = owners_alloc(c), n;
     int r = -ENOSPC;
 
     if (!owners)
         return -ENOMEM;
-    for (uint32_t i = 0; i < STEAL_TRIES && r == -ENOSPC; i++) {
-        if (c->tier->cheapest(c->host, bytes, i, owners, STEAL_OWNERS_MAX, &n) < 0)
-            break;
-        evict_subtrees(c, owners, n);
-        r = c->tier->reserve(c->host, bytes, owner, ret_loc);
-    }
+    c->attempt++;
+    for (int i = 0; i < ROUNDS_MAX && r == -ENOSPC && c->tier->cheapest(c->host, bytes, c->attempt, owners, &n) >= 0; i++)
+        if (evict_owners(c, owners, n))
+            r = c->tier->reserve(c->host, bytes, owner, ret_loc);
     free(owners);
     return r;
 }
 
 int cache_room_for_slot(struct cache *c, uint64_t bytes, uint32_t owner, uint64_t *ret_loc)
 {
+    uint64_t want = batch_for(c->n_valid);
     int r = c->tier->reserve(c->host, bytes, owner, ret_loc);
 
     if (r != -ENOSPC)
@@ -361,47 +427,65 @@ int cache_room_for_slot(struct cache *c, uint64_t bytes, uint32_t owner, uint64_
     for (int round = 0; round < ROUNDS_MAX && r == -ENOSPC; round++) {
         if (round > 0 && !c->tier->has_class(c->host, bytes))
             break;
-        if (evict_some(c) == 0 && round > 0)
+        if (!evict_round(c, &want))
             break;
         r = c->tier->reserve(c->host, bytes, owner, ret_loc);
     }
     return r == -ENOSPC ? steal_slab(c, bytes, owner, ret_loc) : r;
 }
 
+/* Evicts a batch of the space's oldest blocks that nothing hangs on, and those above that are then such. What is passed over goes to
+ * the end of the list, so that the next look is at others. False: there was none. */
+static bool evict_oldest(struct cache *c, struct space_slot *s, uint64_t *want)
+{
+    uint64_t looks = s->n_blocks < LOOKS_MAX ? s->n_blocks : LOOKS_MAX;
+    struct cache_evicted done = {0};
+    uint32_t batch[EVICT_BATCH_MAX];
+    size_t n = 0;
+
+    for (; n < *want && looks > 0; looks--) {
+        uint32_t e = s->oldest;
+
+        cache_space_list_remove(c, e);
+        cache_space_list_add(c, e);
+        for (; n < *want && e != CACHE_NONE && may_retire(c, e, &done); e = c->meta[e].parent) {
+            retire(c, e);
+            batch[n++] = e;
+        }
+    }
+    conclude(c, batch, n, &done);
+    if (done.blocks == 0)
+        *want = more_than(*want);
+    return n > 0;
+}
+
 int cache_room_in_space(struct cache *c, struct space_slot *s, uint64_t bytes)
 {
-    uint64_t quota = c->config.space_quota_bytes;
+    uint64_t quota = c->config.space_quota_bytes, want = batch_for(s->n_blocks);
 
     if (!quota || s->bytes + bytes <= quota)
         return 0;
     if (bytes > quota)
         return -EDQUOT;
-    for (uint32_t e = s->oldest, tries = 0; e != CACHE_NONE && tries < EVICT_BATCH_MAX && s->bytes + bytes > quota; tries++) {
-        uint32_t next = c->meta[e].next;
-
-        evict_subtrees(c, &e, 1); /* the oldest goes with what hangs on it */
-        e = c->meta[e].state == ENTRY_VALID ? next : s->oldest;
-    }
+    for (int round = 0; round < ROUNDS_MAX && s->bytes + bytes > quota; round++)
+        if (!evict_oldest(c, s, &want) && s->n_blocks <= LOOKS_MAX)
+            break;
     return s->bytes + bytes <= quota ? 0 : -EDQUOT;
 }
 
 uint64_t cache_shrink(struct cache *c, uint64_t target_bytes)
 {
-    uint32_t *owners = malloc(STEAL_OWNERS_MAX * sizeof(*owners));
     uint64_t given = c->tier->trim(c->host);
+    uint32_t *owners = owners_alloc(c), n;
     struct tier_info info;
-    uint32_t n, skip = 0;
 
-    c->tier->info(c->host, &info);
-    while (owners && info.slab_bytes > target_bytes && c->tier->cheapest(c->host, 0, skip, owners, STEAL_OWNERS_MAX, &n) >= 0) {
-        uint64_t now;
-
-        evict_subtrees(c, owners, n);
-        now = c->tier->trim(c->host);
-        given += now;
-        if (now == 0 && n < STEAL_OWNERS_MAX)
-            skip++; /* leased or pinned: the next one */
+    c->attempt++;
+    for (;;) {
         c->tier->info(c->host, &info);
+        if (!owners || info.slab_bytes <= target_bytes || c->tier->cheapest(c->host, 0, c->attempt, owners, &n) < 0)
+            break;
+        if (evict_owners(c, owners, n))
+            given += c->tier->trim(c->host);
     }
     free(owners);
     atomic_store_explicit(&c->index.header->retired_slabs, host_n_retired(c->host), memory_order_release);
@@ -433,22 +517,22 @@ void cache_reap_zombies(struct cache *c)
 
 void cache_drop_corrupt(struct cache *c, uint32_t entry)
 {
-    uint32_t *list = NULL;
-    size_t used = 0;
+    struct entry_list list = {0};
+    uint32_t *entries = &entry;
+    size_t n = 1;
 
     c->n_corrupt++;
     if (c->meta[entry].state != ENTRY_VALID)
         return;
-    if (gather_subtrees(c, &entry, 1, &list, &used) < 0) { /* no memory for the list: the bad block alone, its children orphans */
-        while (c->meta[entry].first_child != CACHE_NONE)
-            cache_unlink_child(c, c->meta[entry].first_child);
-        list = &entry;
-        used = 1;
+    if (gather_subtrees(c, &entry, 1, &list) == 0) { /* else no memory for the list: the bad block alone, its children orphans */
+        entries = list.entries;
+        n = list.n;
     }
-    for (size_t i = used; i-- > 0;) {
-        uint32_t e = list[i];
+    list_done(c, &list);
+    for (size_t i = 0; i < n; i++) {
+        uint32_t e = entries[i];
 
-        while (c->meta[e].first_child != CACHE_NONE) /* RESERVED children: on their own */
+        while (c->meta[e].first_child != CACHE_NONE) /* RESERVED children, or without a list all: on their own */
             cache_unlink_child(c, c->meta[e].first_child);
         if (c->meta[e].state != ENTRY_VALID)
             continue;
@@ -459,7 +543,6 @@ void cache_drop_corrupt(struct cache *c, uint32_t entry)
         c->meta[e].next = c->zombie_head;
         c->zombie_head = e;
     }
-    if (list != &entry)
-        free(list);
+    free(list.entries);
     cache_reap_zombies(c);
 }

@@ -13,7 +13,7 @@ enum entry_state { ENTRY_FREE, ENTRY_RESERVED, ENTRY_VALID, ENTRY_RETIRING, ENTR
 struct meta {
     uint32_t parent, first_child, next_sibling, prev_sibling;
     uint32_t n_children; /* children that are not RETIRING */
-    uint32_t next, prev; /* FREE, ZOMBIE: list; RESERVED: pending bucket; VALID: its space's list, oldest first */
+    uint32_t next, prev; /* FREE, ZOMBIE: list; RESERVED: pending bucket; VALID: its space's list */
     uint32_t last_use_ds, born_ds; /* tenths of a second since the cache began */
     uint32_t n_pins;
     uint16_t n_holds;
@@ -21,6 +21,7 @@ struct meta {
     bool parked : 1;   /* as the policy knows it */
     bool in_policy : 1;
     bool leased : 1;   /* found by the scan of the lease tables that is going on */
+    bool listed : 1;   /* in the list that is being made */
     bool pending_answer : 1; /* victim() returned it, it waits for evicted() or keep() */
 };
 static_assert(sizeof(struct meta) == 44 || sizeof(struct meta) == 48, "metadata budget");
@@ -29,7 +30,7 @@ struct space_slot {
     struct space *space;
     uint64_t n_blocks, bytes;
     uint32_t n_open;
-    uint32_t oldest, newest; /* VALID entries in the order of their commit */
+    uint32_t oldest, newest; /* VALID entries in the order of their commit, or of having been passed over since */
 };
 
 enum { PENDING_BUCKETS = 1024, EVICT_BATCH_MAX = 256 };
@@ -52,6 +53,7 @@ struct cache {
     struct cache_page **pages;
     uint32_t n_pages;
     uint64_t born_usec;
+    uint64_t attempt; /* to empty slabs: see tier_ops.cheapest */
     uint64_t n_valid, n_reserved, bytes_used;
     uint64_t n_published, n_evicted, evicted_bytes, n_aborted, n_corrupt, n_full, n_leased_kept, n_hits_logged, n_hits_lost;
 };
@@ -79,6 +81,7 @@ void cache_settle(struct cache *c, uint32_t e);
 void cache_unlink_child(struct cache *c, uint32_t child);
 /* The entry's slot and number are free again; it must be out of bucket, policy, space list and pending table. */
 void cache_free_entry(struct cache *c, uint32_t e);
+void cache_space_list_add(struct cache *c, uint32_t e);
 void cache_space_list_remove(struct cache *c, uint32_t e);
 
 /* Evicts until an entry number is free, or until the tier has a slot of bytes; -ENOSPC. */

@@ -180,7 +180,7 @@ void cache_space_stats(const struct cache *c, const struct space *space, struct 
     *ret = (struct cache_space_stats){.n_blocks = s->n_blocks, .bytes = s->bytes, .n_open = s->n_open};
 }
 
-static void space_list_add(struct cache *c, uint32_t e)
+void cache_space_list_add(struct cache *c, uint32_t e)
 {
     struct space_slot *s = entry_space(c, e);
 
@@ -436,7 +436,7 @@ int cache_commit(struct cache *c, struct cache_slot *slot)
     c->n_reserved--;
     c->n_valid++;
     c->n_published++;
-    space_list_add(c, e);
+    cache_space_list_add(c, e);
     m->in_policy = true;
     c->config.policy->insert(c->policy, e, lookup_hash(c->index.view.seed, key, entry_of(c, e)->space, entry_of(c, e)->group));
     cache_settle(c, e);

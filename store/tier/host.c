@@ -17,6 +17,7 @@ struct host_slab {
     uint32_t *owner;           /* in use: the owner; free: next free slot */
     uint8_t *in_use;           /* a byte a slot */
     uint32_t next, prev;       /* in the class's list, FREE_END at the ends */
+    uint64_t attempt;          /* the last that it was named in as cheapest */
     bool listed;
 };
 
@@ -33,6 +34,7 @@ struct tier {
     struct host_slab *slabs;
     uint32_t n_slabs, slabs_cap; /* numbers given out so far */
     uint32_t n_live;
+    uint32_t slab_slots_max; /* that any slab ever had */
     struct host_class *classes;
     uint32_t n_classes;
     uint64_t held_bytes, slot_bytes, n_slots;
@@ -151,6 +153,8 @@ static int cut(struct tier *t, uint32_t n, struct host_class *c)
     s->slot_bytes = c->slot_bytes;
     s->n_slots = n_slots;
     s->n_used = 0;
+    if (n_slots > t->slab_slots_max)
+        t->slab_slots_max = n_slots;
     t->meta_bytes += (uint64_t)n_slots * (sizeof(*s->owner) + 1);
     c->n_slabs++;
     list_slab(t, c, n);
@@ -349,40 +353,30 @@ static bool host_has_class(const struct tier *t, uint64_t bytes)
     return c && c->n_slabs > 0;
 }
 
-static int host_cheapest(const struct tier *t, uint64_t bytes, uint32_t skip, uint32_t *ret_owners, uint32_t n_max,
-                         uint32_t *ret_n)
+static int host_cheapest(struct tier *t, uint64_t bytes, uint64_t attempt, uint32_t *ret_owners, uint32_t *ret_n)
 {
-    uint64_t avoid = bytes ? round_slot(bytes) : UINT64_MAX;
-    uint64_t floor = 0; /* (bytes in use, number) of the slab before, so that skip needs no sort */
-    int64_t best = -1, last = -1;
+    uint64_t avoid = bytes ? round_slot(bytes) : UINT64_MAX, best_used = UINT64_MAX;
+    struct host_slab *best = NULL;
 
-    for (uint32_t round = 0; round <= skip; round++) {
-        uint64_t best_used = UINT64_MAX;
+    for (uint32_t n = 0; n < t->n_slabs; n++) {
+        struct host_slab *s = &t->slabs[n];
+        uint64_t used = (uint64_t)s->n_used * s->slot_bytes;
 
-        best = -1;
-        for (uint32_t n = 0; n < t->n_slabs; n++) {
-            const struct host_slab *s = &t->slabs[n];
-            uint64_t used = (uint64_t)s->n_used * s->slot_bytes;
-
-            if (!s->memory.map || s->slot_bytes == avoid || (bytes && s->memory.bytes < avoid))
-                continue;
-            if (round > 0 && (used < floor || (used == floor && (int64_t)n <= last)))
-                continue;
-            if (used < best_used) {
-                best_used = used;
-                best = n;
-            }
+        if (!s->memory.map || s->attempt == attempt || s->slot_bytes == avoid || (bytes && s->memory.bytes < avoid))
+            continue;
+        if (used < best_used) {
+            best_used = used;
+            best = s;
         }
-        if (best < 0)
-            return -ENOENT;
-        floor = best_used;
-        last = best;
     }
+    if (!best)
+        return -ENOENT;
+    best->attempt = attempt;
     *ret_n = 0;
-    for (uint32_t i = 0; i < t->slabs[best].n_slots && *ret_n < n_max; i++)
-        if (t->slabs[best].in_use[i])
-            ret_owners[(*ret_n)++] = t->slabs[best].owner[i];
-    return (int)best;
+    for (uint32_t i = 0; i < best->n_slots; i++)
+        if (best->in_use[i])
+            ret_owners[(*ret_n)++] = best->owner[i];
+    return (int)(best - t->slabs);
 }
 
 static uint64_t host_trim(struct tier *t)
@@ -425,6 +419,7 @@ static void host_info(const struct tier *t, struct tier_info *ret)
         .slot_bytes = t->slot_bytes,
         .n_slabs = t->n_live,
         .n_slots = t->n_slots,
+        .slab_slots_max = t->slab_slots_max,
         .meta_bytes = t->meta_bytes + t->slabs_cap * sizeof(struct host_slab) + sizeof(*t),
     };
 }

@@ -19,6 +19,7 @@ struct tier_info {
     uint64_t slot_bytes;    /* in slots that are in use */
     uint32_t n_slabs;
     uint64_t n_slots;       /* in use */
+    uint32_t slab_slots_max; /* no slab has more */
     uint64_t meta_bytes;    /* the tier's own bookkeeping */
 };
 
@@ -36,10 +37,10 @@ struct tier_ops {
     void *(*at)(const struct tier *tier, uint64_t loc);
     /* Has this size any slab at all? */
     bool (*has_class)(const struct tier *tier, uint64_t bytes);
-    /* The slab that is cheapest to empty (fewest bytes in use) among those of another size than bytes (0: among all), after skip cheaper
-     * ones. Fills up to n_max owners of its slots. Returns the slab's number, or -ENOENT. */
-    int (*cheapest)(const struct tier *tier, uint64_t bytes, uint32_t skip, uint32_t *ret_owners, uint32_t n_max,
-                    uint32_t *ret_n);
+    /* The slab that is cheapest to empty (fewest bytes in use) among those of another size than bytes (0: among all) that were not
+     * named before in the same attempt (any number that the caller counts up). Fills the owners of its slots: room for
+     * tier_info.slab_slots_max. Returns the slab's number, or -ENOENT. */
+    int (*cheapest)(struct tier *tier, uint64_t bytes, uint64_t attempt, uint32_t *ret_owners, uint32_t *ret_n);
     /* Gives every empty slab back to the system. Returns bytes given back. */
     uint64_t (*trim)(struct tier *tier);
     void (*set_limit)(struct tier *tier, uint64_t bytes);
