@@ -32,7 +32,7 @@ struct tier {
     struct budget *budget;
     uint64_t limit_bytes, slab_bytes;
     struct host_slab *slabs;
-    uint32_t n_slabs, slabs_cap; /* numbers given out so far */
+    uint32_t n_slabs, slabs_cap; /* numbers ever given out: 0 .. n_slabs - 1 */
     uint32_t n_live;
     uint32_t slab_slots_max; /* that any slab ever had */
     struct host_class *classes;
@@ -161,20 +161,24 @@ static int cut(struct tier *t, uint32_t n, struct host_class *c)
     return 0;
 }
 
-static int room_for_number(struct tier *t)
+/* A number whose slab has gone, or the next one. */
+static int take_number(struct tier *t, uint32_t *ret_n)
 {
-    struct host_slab *s;
     uint32_t cap = t->slabs_cap ? t->slabs_cap * 2 : 16;
+    struct host_slab *s;
 
-    if (t->n_slabs < t->slabs_cap)
-        return 0;
+    for (*ret_n = 0; *ret_n < t->n_slabs; ++*ret_n)
+        if (!t->slabs[*ret_n].memory.map)
+            return 0;
     if (t->n_slabs >= HOST_SLABS_MAX)
         return -ENOSPC;
-    s = realloc(t->slabs, cap * sizeof(*s));
-    if (!s)
-        return -ENOMEM;
-    t->slabs = s;
-    t->slabs_cap = cap;
+    if (t->n_slabs == t->slabs_cap) {
+        s = realloc(t->slabs, cap * sizeof(*s));
+        if (!s)
+            return -ENOMEM;
+        t->slabs = s;
+        t->slabs_cap = cap;
+    }
     return 0;
 }
 
@@ -218,7 +222,7 @@ static int take_memory(struct tier *t, uint64_t bytes, struct slab_memory *ret)
 static int grow(struct tier *t, uint64_t bytes, uint32_t *ret_n)
 {
     struct slab_memory memory;
-    int r = room_for_number(t);
+    int r = take_number(t, ret_n);
 
     if (r < 0)
         return r;
@@ -236,9 +240,10 @@ static int grow(struct tier *t, uint64_t bytes, uint32_t *ret_n)
         t->budget->n_huge_slabs++;
     else if (t->budget->hugepages != SLAB_HUGE_OFF)
         t->budget->n_huge_refused++;
-    t->slabs[t->n_slabs] = (struct host_slab){.memory = memory, .next = FREE_END, .prev = FREE_END};
+    t->slabs[*ret_n] = (struct host_slab){.memory = memory, .next = FREE_END, .prev = FREE_END};
     t->n_live++;
-    *ret_n = t->n_slabs++;
+    if (*ret_n == t->n_slabs)
+        t->n_slabs++;
     return 0;
 }
 

@@ -8,7 +8,8 @@
  *   size class  --> list of its slabs that have a free slot
  *
  * Invariants: H1 a slab is in its class's list exactly if it has a free slot and is cut; H2 n_used + free = n_slots;
- * H3 slab numbers are never reused (a worker may still map an old one). Includes: tier.h, slab.h. */
+ * H3 a slab's number is used again only after host_n_retired() has grown and the cache has told the workers so (who may still map
+ * the old one). Includes: tier.h, slab.h. */
 #ifndef KVD_STORE_TIER_HOST_H
 #define KVD_STORE_TIER_HOST_H
 
