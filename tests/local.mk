@@ -17,9 +17,9 @@ TEST_HELPERS =
 # ---- fuzz targets: see tests/fuzz/README.md ----
 #
 #   FUZZ_TARGETS += tests/fuzz/fuzz_frames
-#   tests_fuzz_fuzz_frame_SOURCES = tests/fuzz/fuzz_frames.c
-#   tests_fuzz_fuzz_frame_LDADD = $(KVD_PROTO_LIBS) $(FUZZ_LIBS)
-#   tests_fuzz_fuzz_frame_LDFLAGS = $(FUZZ_LINK)
+#   tests_fuzz_fuzz_frames_SOURCES = tests/fuzz/fuzz_frames.c
+#   tests_fuzz_fuzz_frames_LDADD = $(KVD_PROTO_LIBS) $(FUZZ_LIBS)
+#   tests_fuzz_fuzz_frames_LDFLAGS = $(FUZZ_LINK)
 #   EXTRA_DIST += tests/fuzz/corpus/frames
 #
 # In a fuzz build libFuzzer drives them, in every other build tests/fuzz/driver.c replays the corpus.
