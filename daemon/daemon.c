@@ -38,11 +38,13 @@ void daemon_wake_at(struct daemon *d, uint64_t usec)
 void daemon_expire(struct daemon *d)
 {
     uint64_t now = daemon_now_usec();
-    uint64_t flights = flights_expire(d->flights, now), sessions = sessions_expire(d, now);
+    uint64_t flights = flights_expire(d->flights, now), sessions = sessions_expire(d, now), pause = listener_expire(d->listener, now);
 
     d->timer_usec = UINT64_MAX;
     sd_event_source_set_enabled(d->timer, SD_EVENT_OFF);
-    daemon_wake_at(d, flights < sessions ? flights : sessions);
+    daemon_wake_at(d, flights);
+    daemon_wake_at(d, sessions);
+    daemon_wake_at(d, pause);
 }
 
 void daemon_measure(struct daemon *d)

@@ -17,14 +17,14 @@
 #include "daemon/daemon.h"
 #include "daemon/session.h"
 
-enum { SOCKETS_MAX = 8, ACCEPTS_A_TURN = 16, BACKLOG = 256 };
+enum { SOCKETS_MAX = 8, ACCEPTS_A_TURN = 16, BACKLOG = 256, PAUSE_USEC = 1000000 };
 
 struct listener {
     struct daemon *daemon;
     int fds[SOCKETS_MAX];
     sd_event_source *sources[SOCKETS_MAX];
     unsigned n;
-    bool paused;
+    uint64_t paused_until_usec; /* 0: not paused */
     int lock_fd;              /* -1: the socket was passed */
     char path[sizeof(((struct sockaddr_un *)0)->sun_path)];
     char lock_path[sizeof(((struct sockaddr_un *)0)->sun_path) + 5];
@@ -52,10 +52,11 @@ static int on_connection(sd_event_source *source, int fd, uint32_t events, void 
             continue;
         }
         if (errno == EMFILE || errno == ENFILE || errno == ENOBUFS || errno == ENOMEM) {
-            /* The socket would stay readable and the loop spin: wait until a session goes. */
-            log_write(&d->log, LOG_WARNING, "no new workers until one goes: %s", strerror(errno));
+            /* The socket would stay readable and the loop spin: wait until a session goes, or for a while. */
+            log_write(&d->log, LOG_WARNING, "no new workers for now: %s", strerror(errno));
             set_enabled(l, SD_EVENT_OFF);
-            l->paused = true;
+            l->paused_until_usec = daemon_now_usec() + PAUSE_USEC;
+            daemon_wake_at(d, l->paused_until_usec);
         }
         return 0;
     }
@@ -64,10 +65,18 @@ static int on_connection(sd_event_source *source, int fd, uint32_t events, void 
 
 void listener_resume(struct listener *l)
 {
-    if (l && l->paused) {
-        l->paused = false;
+    if (l && l->paused_until_usec) {
+        l->paused_until_usec = 0;
         set_enabled(l, SD_EVENT_ON);
     }
+}
+
+uint64_t listener_expire(struct listener *l, uint64_t now_usec)
+{
+    if (l && l->paused_until_usec > now_usec)
+        return l->paused_until_usec;
+    listener_resume(l);
+    return UINT64_MAX;
 }
 
 /* ---- sockets that were passed ---- */

@@ -5,6 +5,8 @@
 #ifndef KVD_DAEMON_LISTENER_H
 #define KVD_DAEMON_LISTENER_H
 
+#include <stdint.h>
+
 struct daemon;
 struct listener;
 
@@ -16,5 +18,7 @@ const char *listener_path(const struct listener *listener);
 struct listener *listener_destroy(struct listener *listener);
 /* After a pause for want of descriptors: takes connections again. NULL allowed. */
 void listener_resume(struct listener *listener);
+/* The same if the pause is over. Returns when that will be, UINT64_MAX: no pause. NULL allowed. */
+uint64_t listener_expire(struct listener *listener, uint64_t now_usec);
 
 #endif

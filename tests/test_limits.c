@@ -6,6 +6,7 @@
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -196,6 +197,33 @@ START_TEST(sessions_are_bounded)
     ck_assert_int_eq(raw_connect(&f->raw, f->h.socket), 0);
     ck_assert_int_eq(raw_hello(&f->raw, "room again"), 0);
     teardown(f);
+}
+END_TEST
+
+/* Nobody is attached who could go and so make room. */
+START_TEST(a_want_of_descriptors_passes)
+{
+    struct kvd_options o = KVD_OPTIONS_INIT;
+    struct rlimit limit, few;
+    struct harness h;
+    kvd *k;
+
+    harness_init(&h);
+    harness_start(&h);
+    h.admin = kvd_detach(h.admin);
+    ck_assert_int_eq(prlimit(h.pid, RLIMIT_NOFILE, NULL, &limit), 0);
+    few = (struct rlimit){.rlim_cur = 4, .rlim_max = limit.rlim_max};
+    ck_assert_int_eq(prlimit(h.pid, RLIMIT_NOFILE, &few, NULL), 0);
+    o.socket_path = h.socket;
+    o.timeout_msec = 100;
+    ck_assert_int_ne(kvd_attach(&o, &k), KVD_OK);
+    ck_assert(harness_logged(&h, "no new workers"));
+    ck_assert_int_eq(prlimit(h.pid, RLIMIT_NOFILE, &limit, NULL), 0);
+    o.timeout_msec = 10000;
+    ck_assert_msg(kvd_attach(&o, &k) == KVD_OK, "%s", kvd_message(NULL));
+    kvd_detach(k);
+    ck_assert_int_eq(harness_stop(&h), 0);
+    harness_deinit(&h);
 }
 END_TEST
 
@@ -451,6 +479,7 @@ static void add_cases(TCase *tc)
         tcase_add_test(tc, no_tenant_no_session);
     }
     tcase_add_test(tc, sessions_are_bounded);
+    tcase_add_test(tc, a_want_of_descriptors_passes);
     tcase_add_test(tc, versions);
     tcase_add_test(tc, unknown_types_and_long_frames);
     tcase_add_test(tc, draining);
