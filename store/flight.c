@@ -4,8 +4,11 @@
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/random.h>
 
-enum { BUCKETS = 1024 };
+#include "proto/lookup.h"
+
+enum { BUCKETS = 16384 };
 
 struct flight_waiter {
     struct flight_waiter *next; /* of the flight */
@@ -25,7 +28,10 @@ struct flight {
 struct flights {
     struct flight *buckets[BUCKETS];
     struct flight_waiter *first, *last;
+    uint64_t seed; /* workers choose the keys: none shall be able to put all into one bucket */
     uint32_t flights_max, per_worker_max, waiters_max, n_flights, n_waiters;
+    uint64_t counted; /* the worker whose flights were counted last, */
+    uint32_t n_counted; /* kept up to date since: its next keys need no count */
     flight_told told;
     void *ctx;
 };
@@ -37,6 +43,10 @@ int flights_create(uint32_t flights_max, uint32_t per_worker_max, uint32_t waite
 
     if (!f)
         return -ENOMEM;
+    if (getrandom(&f->seed, sizeof(f->seed), 0) != sizeof(f->seed)) {
+        free(f);
+        return -EIO;
+    }
     f->flights_max = flights_max;
     f->per_worker_max = per_worker_max;
     f->waiters_max = waiters_max;
@@ -48,11 +58,7 @@ int flights_create(uint32_t flights_max, uint32_t per_worker_max, uint32_t waite
 
 static struct flight **bucket_of(struct flights *f, uint32_t tenant, uint32_t space, const uint8_t *key)
 {
-    uint64_t w;
-
-    memcpy(&w, key, sizeof(w));
-    w = (w ^ tenant ^ (uint64_t)space << 32) * UINT64_C(0x9e3779b97f4a7c15);
-    return &f->buckets[w >> 54];
+    return &f->buckets[lookup_hash(f->seed + tenant, key, (uint16_t)space, 0) % BUCKETS];
 }
 
 /* The link that points to the flight, or to where it would be. */
@@ -91,6 +97,8 @@ static void end_flight(struct flights *f, struct flight **at, enum flight_outcom
 
     *at = flight->next;
     f->n_flights--;
+    if (flight->worker == f->counted)
+        f->n_counted--;
     while (flight->waiters) {
         struct flight_waiter *w = flight->waiters;
 
@@ -129,14 +137,16 @@ struct flights *flights_destroy(struct flights *f)
     return NULL;
 }
 
-static uint32_t count_of(const struct flights *f, uint64_t worker)
+static uint32_t count_of(struct flights *f, uint64_t worker)
 {
-    uint32_t n = 0;
-
+    if (worker == f->counted)
+        return f->n_counted;
+    f->counted = worker;
+    f->n_counted = 0;
     for (int i = 0; i < BUCKETS; i++)
         for (const struct flight *flight = f->buckets[i]; flight; flight = flight->next)
-            n += flight->worker == worker;
-    return n;
+            f->n_counted += flight->worker == worker;
+    return f->n_counted;
 }
 
 int flight_begin(struct flights *f, uint32_t tenant, uint32_t space, const uint8_t key[KEY_BYTES], uint64_t worker)
@@ -158,6 +168,8 @@ int flight_begin(struct flights *f, uint32_t tenant, uint32_t space, const uint8
     memcpy(flight->key, key, KEY_BYTES);
     *at = flight;
     f->n_flights++;
+    if (worker == f->counted)
+        f->n_counted++;
     return FLIGHT_GRANTED;
 }
 

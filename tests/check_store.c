@@ -7,6 +7,7 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/wait.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "store/flight.h"
@@ -282,6 +283,55 @@ START_TEST(flights_land_end_and_expire)
 }
 END_TEST
 
+/* Each worker's flights are bounded by its own number, whoever begins and ends between. */
+START_TEST(flights_are_counted_by_worker)
+{
+    enum { WORKERS = 3, MOST = 5, KEYS = 40 };
+    uint64_t seed = (uint64_t)time(NULL), n_flights, n_waiters;
+    uint32_t n[WORKERS] = {0}, owner[KEYS] = {0};
+    struct flights *f;
+
+    if (getenv("KVD_SEED"))
+        seed = strtoull(getenv("KVD_SEED"), NULL, 0);
+    printf("flights_are_counted_by_worker: KVD_SEED=%llu\n", (unsigned long long)seed);
+    srand((unsigned)seed);
+    ck_assert_int_eq(flights_create(1000, MOST, 2, tell, NULL, &f), 0);
+    for (int step = 0; step < 20000; step++) {
+        uint32_t w = 1 + (uint32_t)rand() % WORKERS, k = (uint32_t)rand() % KEYS;
+        uint8_t key[32] = {[16] = (uint8_t)k};
+        int what = rand() % 8, r;
+
+        if (what < 4) {
+            r = flight_begin(f, 1, 1, key, w);
+            if (owner[k]) {
+                ck_assert_int_eq(r, owner[k] == w ? FLIGHT_GRANTED : FLIGHT_BUSY);
+            } else {
+                ck_assert_int_eq(r, n[w - 1] < MOST ? FLIGHT_GRANTED : -ENOSPC);
+                owner[k] = r == FLIGHT_GRANTED ? w : 0;
+                n[w - 1] += r == FLIGHT_GRANTED;
+            }
+        } else if (what < 7) {
+            if (what == 4)
+                flight_landed(f, 1, 1, key);
+            else
+                flight_end(f, 1, 1, key, w);
+            if (owner[k] && (what == 4 || owner[k] == w)) {
+                n[owner[k] - 1]--;
+                owner[k] = 0;
+            }
+        } else if (rand() % 16 == 0) {
+            flights_worker_gone(f, w);
+            n[w - 1] = 0;
+            for (k = 0; k < KEYS; k++)
+                owner[k] = owner[k] == w ? 0 : owner[k];
+        }
+        flights_count(f, &n_flights, &n_waiters);
+        ck_assert_uint_eq(n_flights, n[0] + n[1] + n[2]);
+    }
+    flights_destroy(f);
+}
+END_TEST
+
 int main(void)
 {
     Suite *s = suite_create("store");
@@ -296,6 +346,7 @@ int main(void)
     tcase_add_test(t, fingerprint_has_a_known_answer_and_feels_everything);
     tcase_add_test(t, impossible_spaces_are_refused_with_a_reason);
     tcase_add_test(t, flights_land_end_and_expire);
+    tcase_add_test(t, flights_are_counted_by_worker);
     suite_add_tcase(s, t);
     runner = srunner_create(s);
     srunner_run_all(runner, CK_NORMAL);
