@@ -57,6 +57,7 @@ struct daemon {
     uint32_t n_walks;
 
     bool draining;
+    bool ending;                   /* no block is made or moved any more: what workers hold stays as it is */
     bool notifies;                 /* a service manager listens */
     uint64_t status_usec;          /* when STATUS was last told */
 

@@ -88,8 +88,9 @@ static void session_free(struct session *s)
         struct shm_page_header *header = s->page.map;
 
         session_count(s);
-        /* Before its leases go: from here on nothing that it holds is promised. */
-        atomic_store_explicit(&header->revoked, 1, memory_order_seq_cst);
+        /* Before its leases go: from here on nothing that it holds is promised. At the daemon's end nothing changes any more. */
+        if (!d->ending)
+            atomic_store_explicit(&header->revoked, 1, memory_order_seq_cst);
         cache_page_remove(s->tenant->cache, &s->cache_page);
         slab_memory_release(&s->page);
     }
@@ -139,6 +140,7 @@ int sessions_reap(sd_event_source *source, void *ctx)
 
 void sessions_destroy(struct daemon *d)
 {
+    d->ending = true;
     for (struct session *s = d->sessions; s; s = s->next)
         session_close(s, NULL);
     while (d->closing) {

@@ -227,6 +227,24 @@ START_TEST(a_want_of_descriptors_passes)
 }
 END_TEST
 
+/* A daemon that is stopped in order takes nothing away from who holds it. */
+START_TEST(leases_outlive_a_stop)
+{
+    struct fixture *f = setup(NULL, NULL);
+
+    OK(f, "open 0 raw 40");
+    SAYS(f, "ok 0", "match 0 1 480");
+    OK(f, "publish 0 0 4 0");
+    SAYS(f, "ok 64", "match 0 1 480");
+    OK(f, "load 0");
+    ck_assert_int_eq(harness_stop(&f->h), 0);
+    OK(f, "load 0");
+    harness_start(&f->h);
+    OK(f, "load 0");
+    teardown(f);
+}
+END_TEST
+
 static void hello_versions(struct fixture *f, uint32_t from, uint32_t to)
 {
     Kvd__V1__Hello hello = KVD__V1__HELLO__INIT;
@@ -480,6 +498,7 @@ static void add_cases(TCase *tc)
     }
     tcase_add_test(tc, sessions_are_bounded);
     tcase_add_test(tc, a_want_of_descriptors_passes);
+    tcase_add_test(tc, leases_outlive_a_stop);
     tcase_add_test(tc, versions);
     tcase_add_test(tc, unknown_types_and_long_frames);
     tcase_add_test(tc, draining);
