@@ -221,7 +221,7 @@ void cache_evict_up(struct cache *c, const uint32_t *entries, size_t n, bool (*w
 
 /* ---- making room ---- */
 
-enum { ROUNDS_MAX = 8, LOOKS_MAX = 16384 };
+enum { ROUNDS_MAX = 8, LOOKS_MAX = 16384, SLAB_UNIT = 2 << 20 };
 
 /* As many as go at once when one more is wanted: one scan of the lease tables serves them all. */
 static uint64_t batch_for(uint64_t n_blocks)
@@ -431,7 +431,17 @@ int cache_room_for_slot(struct cache *c, uint64_t bytes, uint32_t owner, uint64_
             break;
         r = c->tier->reserve(c->host, bytes, owner, ret_loc);
     }
-    return r == -ENOSPC ? steal_slab(c, bytes, owner, ret_loc) : r;
+    if (r == -ENOSPC)
+        r = steal_slab(c, bytes, owner, ret_loc);
+    if (r == -ENOSPC && bytes > c->config.slab_bytes) { /* the others are too small: as much of them as one for it takes */
+        struct tier_info info;
+        uint64_t slab = (bytes + SLAB_UNIT - 1) / SLAB_UNIT * SLAB_UNIT;
+
+        c->tier->info(c->host, &info);
+        cache_shrink(c, info.slab_bytes > slab ? info.slab_bytes - slab : 0);
+        r = c->tier->reserve(c->host, bytes, owner, ret_loc);
+    }
+    return r;
 }
 
 /* Evicts a batch of the space's oldest blocks that nothing hangs on, and those above that are then such. What is passed over goes to

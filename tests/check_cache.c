@@ -550,6 +550,30 @@ START_TEST(what_stays_of_the_oldest_does_not_fill_a_space)
 }
 END_TEST
 
+/* Pieces that are all too small for a payload make room for a larger one. */
+START_TEST(a_payload_larger_than_a_slab_gets_one)
+{
+    static const uint32_t window = 0;
+    struct space_layer_desc layer = {64, 128, 128, 0, "raw", "raw", "raw", "raw"};
+    struct space_desc d = {.model = "large", .revision = "1", .rope = "", .shard = "", .dtype = CODEC_F16, .block_tokens = 100,
+                           .window_tokens = &window, .n_groups = 1, .layers = &layer, .n_layers = 1};
+    const char *reason = "";
+    struct space *large;
+
+    make_cache("s3fifo", 512, 8 << 20);
+    ck_assert_int_eq(cache_space_open(cache, &d, &large, &reason), 0);
+    ck_assert_uint_gt(space_layout(large, 0, true)->bytes, 2 << 20);
+    for (uint32_t chain = 0; chain < 400; chain++)
+        ck_assert_int_eq(publish(space, 0, chain, 0, true), 0);
+    for (uint32_t chain = 0; chain < 4; chain++)
+        ck_assert_int_eq(publish(large, 0, chain, 0, true), 0);
+    for (uint32_t chain = 1000; chain < 1400; chain++)
+        ck_assert_int_eq(publish(space, 0, chain, 0, true), 0);
+    cache_assert_valid(cache);
+    drop_cache();
+}
+END_TEST
+
 /* Two tenants that take memory from each other all day must not run out of numbers for their slabs. */
 START_TEST(slab_numbers_come_back)
 {
@@ -656,6 +680,7 @@ int main(void)
     tcase_add_loop_test(t, leased_victims_are_not_all, 0, 2);
     tcase_add_test(t, a_full_space_keeps_most_of_its_tree);
     tcase_add_test(t, what_stays_of_the_oldest_does_not_fill_a_space);
+    tcase_add_test(t, a_payload_larger_than_a_slab_gets_one);
     tcase_add_test(t, slab_numbers_come_back);
     tcase_add_test(t, leases_hold_against_eviction);
     suite_add_tcase(s, t);
