@@ -207,6 +207,18 @@ static int apply_one(struct daemon *d, struct tenant **old, struct tenant ***end
     return r;
 }
 
+/* Who holds more than a quota that has become smaller gives back what is neither leased nor pinned. */
+static void keep_quotas(struct daemon *d)
+{
+    for (struct tenant *t = d->tenants->first; t; t = t->next) {
+        struct cache_stats s;
+
+        cache_stats(t->cache, &s);
+        if (s.slab_bytes > s.quota_bytes)
+            d->metrics.shrunk_bytes += cache_shrink(t->cache, s.quota_bytes);
+    }
+}
+
 int tenants_apply(struct daemon *d)
 {
     const struct options *o = &d->options;
@@ -253,6 +265,7 @@ int tenants_apply(struct daemon *d)
         d->tenants->n--;
         tenant_free(t);
     }
+    keep_quotas(d);
     return r;
 }
 

@@ -138,6 +138,25 @@ START_TEST(a_quota_holds)
 }
 END_TEST
 
+START_TEST(a_smaller_quota_is_kept)
+{
+    struct fixture *f = setup(NULL, NULL);
+
+    OK(f, "open 0 raw 10");
+    ck_assert_int_eq(fill(f, 100, 0), 100); /* 16 MiB */
+    ck_assert_uint_gt(harness_stat(&f->h, "kvd_tenant_slab_bytes", NULL), 8 << 20);
+    harness_option(&f->h, "tenant_quota = 4M");
+    harness_write_config(&f->h);
+    ck_assert_int_eq(kill(f->h.pid, SIGHUP), 0);
+    for (int i = 0; i < 500 && harness_stat(&f->h, "kvd_reloads_total", NULL) == 0; i++)
+        test_sleep_usec(10000);
+    ck_assert_uint_le(harness_stat(&f->h, "kvd_tenant_slab_bytes", NULL), 4 << 20);
+    ck_assert_int_eq(fill(f, 100, 0), 100);
+    ck_assert_uint_le(harness_stat(&f->h, "kvd_tenant_slab_bytes", NULL), 4 << 20);
+    teardown(f);
+}
+END_TEST
+
 START_TEST(a_space_quota_holds)
 {
     struct fixture *f = setup("space_quota = 320K", NULL);
@@ -229,6 +248,7 @@ int main(void)
     tcase_add_test(tc, a_full_index_evicts);
     tcase_add_test(tc, leased_blocks_are_not_evicted);
     tcase_add_test(tc, a_quota_holds);
+    tcase_add_test(tc, a_smaller_quota_is_kept);
     tcase_add_test(tc, a_space_quota_holds);
     tcase_add_test(tc, pinned_blocks_stay);
     tcase_add_test(tc, no_huge_pages);
