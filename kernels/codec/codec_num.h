@@ -8,8 +8,9 @@
 #define F16_MAX 65504.0f
 #define F16_MAX_BITS 0x477fe000u /* of 65504.0f */
 #define F32_INF_BITS 0x7f800000u
-/* 2^112 and beyond: a rotated uq4 group is refused, since rotating it back (up to 1024 terms of 1.5 times that) could leave fp32. */
-#define UQ4_ROTATED_LIMIT_BITS 0x77800000u
+/* 2^112 and beyond (after rotation, if any) is refused by uq4: rounding up to a level, or rotating back (up to 1024 terms of 1.5 times
+ * that), could leave fp32. */
+#define UQ4_LIMIT_BITS 0x77800000u
 
 static inline uint32_t f32_bits(float x)
 {

@@ -279,7 +279,7 @@ static int uq4_encode_row(const struct codec_spec *spec, enum codec_dtype dtype,
             uint32_t amax = vi_max_of(vi_max(vf_abs_bits(u), vf_abs_bits(v)));
             uint8_t byte = ue8m0_byte(amax, spec->rule == CODEC_RULE_EVEN);
 
-            if (amax >= (spec->rotate ? UQ4_ROTATED_LIMIT_BITS : F32_INF_BITS))
+            if (amax >= UQ4_LIMIT_BITS)
                 return -EDOM;
             *side++ = byte;
             inverse = vf_set1(byte ? ue8m0_inverse(byte) : 0);

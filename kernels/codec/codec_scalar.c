@@ -225,7 +225,7 @@ static int uq4_encode(const struct codec_spec *spec, enum codec_dtype dtype, con
 
             for (uint32_t i = g; i < g + 32; i++)
                 amax = f32_abs_bits(x[i]) > amax ? f32_abs_bits(x[i]) : amax;
-            if (amax >= (spec->rotate ? UQ4_ROTATED_LIMIT_BITS : F32_INF_BITS))
+            if (amax >= UQ4_LIMIT_BITS)
                 return -EDOM;
             byte = ue8m0_byte(amax, spec->rule == CODEC_RULE_EVEN);
             *side++ = byte;
