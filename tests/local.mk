@@ -99,6 +99,7 @@ tests_check_session_LDADD = $(KVD_DAEMON_LIBS) $(TEST_LIBS)
 # ---- the real daemon and real workers ----
 # libkvdtest (bench/local.mk) starts them, speaks to them, and knows what every block must hold.
 
+BENCH_HELPERS += tests/worker$(EXEEXT)
 TEST_HELPERS += tests/worker
 tests_worker_SOURCES = tests/worker.c
 tests_worker_LDADD = $(KVD_TEST_LIBS)
