@@ -118,9 +118,10 @@ void daemon_apply_options(struct daemon *d)
 
 /* ---- life ---- */
 
+/* Two where there are only two processors: a worker copies into staging three times as fast as one helper encodes, and then waits. */
 static unsigned job_threads(const struct options *o)
 {
-    long n = o->job_threads ? (long)o->job_threads : sysconf(_SC_NPROCESSORS_ONLN) - 1;
+    long cpus = sysconf(_SC_NPROCESSORS_ONLN), n = o->job_threads ? (long)o->job_threads : cpus == 2 ? 2 : cpus - 1;
 
     return n < 1 ? 1 : n > 256 ? 256 : (unsigned)n;
 }
