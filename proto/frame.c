@@ -145,11 +145,11 @@ int frame_recv(int fd, uint8_t *buf, size_t buf_bytes, int flags, size_t *ret_n,
     if (got < 0)
         return -errno;
     n_fds = take_fds(&msg, fds);
-    if (msg.msg_flags & (MSG_TRUNC | MSG_CTRUNC)) {
+    if (got == 0 || (msg.msg_flags & (MSG_TRUNC | MSG_CTRUNC))) /* an empty packet looks like the end, and may carry descriptors */
         while (n_fds > 0)
             close(fds[--n_fds]);
+    if (msg.msg_flags & (MSG_TRUNC | MSG_CTRUNC))
         return -EMSGSIZE;
-    }
     memcpy(ret_fds, fds, n_fds * sizeof(int));
     *ret_n = (size_t)got;
     *ret_n_fds = n_fds;

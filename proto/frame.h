@@ -81,7 +81,7 @@ int frame_send(int fd, uint16_t type, uint32_t request_id, const void *body, siz
                int flags);
 
 /* Receives one packet into buf (FRAME_MAX bytes are enough). ret_fds has room for FRAME_FDS_MAX, close-on-exec, owned by the
- * caller. ret_n is 0 at the end of the stream. Errors: -errno of recvmsg; -EMSGSIZE (packet or descriptors cut: what did arrive
+ * caller. ret_n is 0 at the end of the stream, and for an empty packet, whose descriptors are closed. Errors: -errno of recvmsg; -EMSGSIZE (packet or descriptors cut: what did arrive
  * is closed). Retries EINTR. */
 int frame_recv(int fd, uint8_t *buf, size_t buf_bytes, int flags, size_t *ret_n, int ret_fds[FRAME_FDS_MAX],
                size_t *ret_n_fds);

@@ -84,6 +84,23 @@ START_TEST(malformed_packets_are_named)
 }
 END_TEST
 
+/* A packet without a byte, with a descriptor. */
+static void send_empty(int fd, int passed)
+{
+    union {
+        struct cmsghdr align;
+        char buf[CMSG_SPACE(sizeof(int))];
+    } control = {.buf = {0}};
+    struct msghdr msg = {.msg_control = control.buf, .msg_controllen = sizeof(control.buf)};
+    struct cmsghdr *c = CMSG_FIRSTHDR(&msg);
+
+    c->cmsg_level = SOL_SOCKET;
+    c->cmsg_type = SCM_RIGHTS;
+    c->cmsg_len = CMSG_LEN(sizeof(int));
+    memcpy(CMSG_DATA(c), &passed, sizeof(int));
+    ck_assert_int_eq((int)sendmsg(fd, &msg, 0), 0);
+}
+
 START_TEST(descriptors_travel_and_never_leak)
 {
     static uint8_t buf[FRAME_MAX];
@@ -106,6 +123,13 @@ START_TEST(descriptors_travel_and_never_leak)
     close(before);
     ck_assert_int_eq(frame_send(pair[0], FRAME_PING, 1, buf, 1000, sent, 3, 0), 0);
     ck_assert_int_eq(frame_recv(pair[1], buf, 100, 0, &n, fds, &n_fds), -EMSGSIZE);
+    after = dup(0);
+    close(after);
+    ck_assert_int_eq(before, after);
+    /* so are those of an empty packet, which looks like the end of the stream */
+    send_empty(pair[0], pair[0]);
+    ck_assert_int_eq(frame_recv(pair[1], buf, sizeof(buf), 0, &n, fds, &n_fds), 0);
+    ck_assert(n == 0 && n_fds == 0);
     after = dup(0);
     close(after);
     ck_assert_int_eq(before, after);
