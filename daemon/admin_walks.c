@@ -193,8 +193,8 @@ static void evict_batch(struct evict_walk *e)
     struct cache_evicted done = {0};
 
     if (e->n && !evict_satisfied(&e->walk, 0))
-        cache_evict_up(e->walk.tenant->cache, e->batch, e->n, evict_wants, e,
-                       e->max_bytes ? e->max_bytes - e->done.bytes : 0, &done);
+        cache_evict(e->walk.tenant->cache, e->batch, e->n, evict_wants, e,
+                    e->max_bytes ? e->max_bytes - e->done.bytes : 0, &done);
     e->done.blocks += done.blocks;
     e->done.bytes += done.bytes;
     e->n = 0;

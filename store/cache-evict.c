@@ -170,25 +170,8 @@ static bool may_retire(const struct cache *c, uint32_t e, struct cache_evicted *
     return false;
 }
 
-void cache_evict(struct cache *c, const uint32_t *entries, size_t n, struct cache_evicted *ret)
-{
-    uint32_t batch[EVICT_BATCH_MAX];
-
-    while (n > 0) {
-        size_t here = 0;
-
-        for (; n > 0 && here < EVICT_BATCH_MAX; n--, entries++)
-            if (may_retire(c, *entries, ret)) {
-                retire(c, *entries);
-                batch[here++] = *entries;
-            }
-        conclude(c, batch, here, ret);
-    }
-    cache_reap_zombies(c);
-}
-
-void cache_evict_up(struct cache *c, const uint32_t *entries, size_t n, bool (*want)(void *ctx, uint32_t entry),
-                    void *ctx, uint64_t max_bytes, struct cache_evicted *ret)
+void cache_evict(struct cache *c, const uint32_t *entries, size_t n, bool (*want)(void *ctx, uint32_t entry), void *ctx,
+                 uint64_t max_bytes, struct cache_evicted *ret)
 {
     uint32_t batch[EVICT_BATCH_MAX], up = CACHE_NONE; /* up: parent of what has just retired */
 
@@ -212,7 +195,7 @@ void cache_evict_up(struct cache *c, const uint32_t *entries, size_t n, bool (*w
             bytes += entry_bytes(c, e);
             retire(c, e);
             batch[here++] = e;
-            up = c->meta[e].parent;
+            up = want ? c->meta[e].parent : CACHE_NONE;
         }
         conclude(c, batch, here, ret);
     }

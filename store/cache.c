@@ -112,11 +112,6 @@ int cache_slab_fd(const struct cache *c, uint32_t slab, uint64_t *ret_bytes)
     return host_slab_fd(c->host, slab, ret_bytes);
 }
 
-void *cache_at(const struct cache *c, uint64_t loc)
-{
-    return c->tier->at(c->host, loc);
-}
-
 void cache_set_quota(struct cache *c, uint64_t quota_bytes)
 {
     c->config.quota_bytes = quota_bytes;

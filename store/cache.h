@@ -66,8 +66,6 @@ int cache_index_fd(const struct cache *cache, uint64_t *ret_bytes);
 uint64_t cache_epoch(const struct cache *cache);
 /* Descriptor and size of a slab; borrowed. -ENOENT: never was or is gone. */
 int cache_slab_fd(const struct cache *cache, uint32_t slab, uint64_t *ret_bytes);
-/* The daemon's own mapping of a location; NULL if there is none. */
-void *cache_at(const struct cache *cache, uint64_t loc);
 void cache_set_quota(struct cache *cache, uint64_t quota_bytes);
 /* Making a slab takes milliseconds, for which the loop must not stand still: would one made ahead by a job be of use, and of what
  * size? The job calls slab_memory_create() with the budget's huge page and NUMA settings; the loop gives the result. What is not
@@ -167,16 +165,15 @@ bool cache_entry_info(const struct cache *cache, uint32_t entry, struct cache_en
 bool cache_entry_brief(const struct cache *cache, uint32_t entry, struct cache_entry_info *ret);
 uint32_t cache_n_entries(const struct cache *cache); /* for walks: 0 .. n - 1, in slices */
 
-/* Retires up to n entries at once: one fence and one pass over all lease tables for all of them. Entries that are not VALID, have
- * children, pins, holds or leases stay. Counts go to ret. */
 struct cache_evicted {
     uint64_t blocks, bytes;
     uint64_t kept_leased, kept_pinned, kept_parents;
 };
-void cache_evict(struct cache *cache, const uint32_t *entries, size_t n, struct cache_evicted *ret);
-/* The same, and upward: a parent that loses its last child and for which want() is true goes too. */
-void cache_evict_up(struct cache *cache, const uint32_t *entries, size_t n, bool (*want)(void *ctx, uint32_t entry),
-                    void *ctx, uint64_t max_bytes, struct cache_evicted *ret);
+/* Evicts n entries, in batches of one fence and one pass over all lease tables. Entries that are not VALID, have children, pins, holds or
+ * leases stay. Where want is given it goes on upward: a parent that loses its last child and for which want() is true goes too. Stops
+ * after max_bytes (0: no bound). Adds its counts to ret. */
+void cache_evict(struct cache *cache, const uint32_t *entries, size_t n, bool (*want)(void *ctx, uint32_t entry), void *ctx,
+                 uint64_t max_bytes, struct cache_evicted *ret);
 /* Gives slabs back until at most target_bytes are held (or nothing more can go). Returns bytes given back. */
 uint64_t cache_shrink(struct cache *cache, uint64_t target_bytes);
 

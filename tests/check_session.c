@@ -618,7 +618,7 @@ START_TEST(any_order)
 
             for (uint32_t e = 0; e < 512; e++)
                 all[e] = e;
-            cache_evict(cache_of(&b), all, next_random(&rng) % 2 ? 512 : 20, &done);
+            cache_evict(cache_of(&b), all, next_random(&rng) % 2 ? 512 : 20, NULL, NULL, 0, &done);
             break;
         }
         default:

@@ -246,7 +246,7 @@ static void cache_life(void *ctx)
     }
     for (uint32_t i = 0; i < 40; i++)
         all[i] = i;
-    cache_evict(cache, all, 40, &evicted);
+    cache_evict(cache, all, 40, NULL, NULL, 0, &evicted);
     cache_shrink(cache, 0);
     cache_assert_valid(cache);
     cache_destroy(cache);

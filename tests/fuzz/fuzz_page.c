@@ -118,7 +118,7 @@ static void step(struct bed *b, uint8_t op, const uint8_t *arg)
     case 5:
         for (uint32_t i = 0; i < ENTRIES; i++)
             all[i] = i;
-        cache_evict(b->cache, all + arg[0] % ENTRIES, ENTRIES - arg[0] % ENTRIES, &evicted);
+        cache_evict(b->cache, all + arg[0] % ENTRIES, ENTRIES - arg[0] % ENTRIES, NULL, NULL, 0, &evicted);
         break;
     case 6:
         if (cache_page_leases(b->cache, &b->page) > LEASES)
@@ -167,7 +167,7 @@ static void clear(struct bed *b)
         while (cache_entry_info(b->cache, e, &info) && info.n_pins)
             cache_pin(b->cache, e, true, &blocks, &bytes);
     }
-    cache_evict_up(b->cache, all, ENTRIES, always, NULL, 0, &evicted);
+    cache_evict(b->cache, all, ENTRIES, always, NULL, 0, &evicted);
     cache_stats(b->cache, &stats);
     if (stats.n_valid || stats.n_reserved || stats.bytes_used)
         abort();
