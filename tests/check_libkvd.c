@@ -1127,6 +1127,34 @@ START_TEST(daemon_dies_and_comes_back)
 }
 END_TEST
 
+/* A daemon that comes back and hangs, at hello or just after: a match is a miss then, and waits for no answer that is due in
+ * seconds. */
+START_TEST(match_does_not_wait_for_a_daemon_that_hangs)
+{
+    const enum frame_type hangs_at[] = {FRAME_HELLO, FRAME_SPACE_OPEN};
+    struct timespec begun, ended;
+    struct bed b;
+    int r = KVD_E_GONE;
+
+    bed_setup(&b);
+    fake_stop(b.fake, true);
+    b.fake = start();
+    fake_lie(b.fake, hangs_at[_i], FAKE_SILENT);
+    clock_gettime(CLOCK_MONOTONIC, &begun);
+    while (fake_count(b.fake, hangs_at[_i]) == 0)
+        ck_assert_uint_eq(match(&b, 5 * B), 0);
+    clock_gettime(CLOCK_MONOTONIC, &ended);
+    ck_assert_int_lt(ended.tv_sec - begun.tv_sec, 4); /* requests of this session time out after 5 s */
+    fake_lie(b.fake, hangs_at[_i], FAKE_HONEST);
+    for (int i = 0; i < 1000 && (r = kvd_ping(b.k)) != KVD_OK; i++)
+        usleep(1000);
+    ck_assert_int_eq(r, KVD_OK);
+    publish(&b, 5, 2, KVD_OK);
+    ck_assert_uint_eq(match(&b, 5 * B), 5 * B);
+    bed_teardown(&b);
+}
+END_TEST
+
 /* Many threads match, publish and load while the daemon is restarted again and again. */
 struct churn {
     struct bed *b;
@@ -1348,6 +1376,7 @@ int main(void)
     tcase_add_loop_test(loops, request_lies, 0, FAKE_LIES);
     tcase_add_loop_test(loops, match_layer_groups_as_the_rule_says, 0, 8);
     tcase_add_loop_test(loops, daemon_dies_and_comes_back, 0, 2);
+    tcase_add_loop_test(loops, match_does_not_wait_for_a_daemon_that_hangs, 0, 2);
     suite_add_tcase(s, loops);
     runner = srunner_create(s);
     srunner_run_all(runner, CK_ENV);

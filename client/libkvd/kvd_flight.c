@@ -27,7 +27,7 @@ static int bound_life(struct kvd_prefix *p, struct life **ret_life, uint16_t *re
 
     if (r != 0)
         return r;
-    r = space_bind(space, life);
+    r = space_bind(space, life, life->timeout_msec);
     if (r == 0 && !space_id(space, life, ret_id))
         r = error_set(space->session->cookie, KVD_E_GONE, "the daemon was restarted just now");
     if (r != 0)

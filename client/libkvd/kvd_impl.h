@@ -122,6 +122,11 @@ static inline bool session_forked(const struct kvd *session)
 }
 int session_error_forked(const struct kvd *session);
 
+/* A match that must attach again or open its space again waits for the daemon at most this long, in all: one that is
+ * alive answers in well under a millisecond, and with one that hangs a miss is better than a scheduler that stands
+ * still. */
+#define MATCH_WAIT_MSEC 25u
+
 /* A reference to the current life if it is alive. wait: attach again now if it is dead (a blocking call; KVD_E_GONE
  * while the time between tries is not over); else only when no other thread does and the time has come. On success
  * the caller owes life_unref(). */
@@ -144,8 +149,8 @@ static inline bool space_id(const struct kvd_space *space, const struct life *li
     *ret_id = (uint16_t)bound;
     return (uint32_t)(bound >> 32) == life->serial;
 }
-/* Opens it in this life unless it is open there. */
-int space_bind(struct kvd_space *space, struct life *life);
+/* Opens it in this life unless it is open there. KVD_E_TIMEOUT after timeout_msec. */
+int space_bind(struct kvd_space *space, struct life *life, uint32_t timeout_msec);
 void space_free(struct kvd_space *space);
 
 static inline const struct payload_layout *space_layout_of(const struct kvd_space *space, uint32_t group, bool first)

@@ -238,7 +238,8 @@ static bool match_life(struct kvd_prefix *p, uint16_t *ret_id)
     if (session_life(p->space->session, false, &life) != 0)
         return false;
     if (!space_id(p->space, life, ret_id) &&
-        (!session_may_try(p->space->session) || space_bind(p->space, life) != 0 || !space_id(p->space, life, ret_id))) {
+        (!session_may_try(p->space->session) || space_bind(p->space, life, MATCH_WAIT_MSEC) != 0 ||
+         !space_id(p->space, life, ret_id))) {
         life_unref(life);
         return false;
     }

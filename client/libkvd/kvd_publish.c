@@ -461,7 +461,7 @@ int kvd_publish(kvd_prefix *prefix, const uint32_t *tokens, size_t n_tokens, siz
     u.status = calloc(n_blocks, sizeof(*u.status)); /* KVD_PUBLISHED, until it is worse */
     r = u.status ? allocate(&u) : error_set(u.session->cookie, KVD_E_NOMEM, "no memory for %zu blocks", n_blocks);
     if (r == 0)
-        r = space_bind(space, u.life);
+        r = space_bind(space, u.life, u.life->timeout_msec);
     if (r == 0 && !space_id(space, u.life, &u.space_id))
         r = error_set(u.session->cookie, KVD_E_GONE, "the daemon was restarted just now");
     if (r == 0) {

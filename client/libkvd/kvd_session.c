@@ -11,9 +11,6 @@
 
 #define TIMEOUT_MSEC  10000u
 #define REATTACH_MSEC 200u
-/* A match that attaches again waits for hello at most this long: a daemon that is alive answers in well under a
- * millisecond. */
-#define HELLO_IN_MATCH_MSEC 250u
 /* Between two tries in a row that failed the time doubles, up to this many times reattach_msec. */
 #define BACKOFF_MAX 8u
 
@@ -51,25 +48,33 @@ static struct life *spare_life(struct kvd *s)
     return life;
 }
 
+/* Opens the spaces, as many as can be until then. One that cannot be opened now is tried again when it is used. */
+static void bind_spaces(struct kvd *s, struct life *life, uint64_t until_msec)
+{
+    uint64_t now;
+
+    pthread_mutex_lock(&s->list_lock);
+    for (struct kvd_space *space = s->spaces; space && (now = mux_now_msec()) < until_msec; space = space->next)
+        space_bind(space, life, (uint32_t)(until_msec - now));
+    pthread_mutex_unlock(&s->list_lock);
+}
+
 /* Starts a life, opens the spaces in it, and makes it the current one. By attach_lock. */
-static int attach_again(struct kvd *s, uint32_t hello_msec)
+static int attach_again(struct kvd *s, uint32_t wait_msec)
 {
     struct life *old = atomic_load(&s->life), *fresh = spare_life(s);
+    uint64_t until_msec = mux_now_msec() + wait_msec;
     struct life_options options;
     int r;
 
     if (!fresh)
         return error_set(s->cookie, KVD_E_NOMEM, "no memory to attach");
-    fill_life_options(s, hello_msec, &options);
+    fill_life_options(s, wait_msec, &options);
     r = life_start(fresh, &options, s->last_serial + 1);
     if (r != 0)
         return r;
     s->last_serial++;
-    pthread_mutex_lock(&s->list_lock);
-    /* A space that cannot be opened now is tried again when it is used. */
-    for (struct kvd_space *space = s->spaces; space; space = space->next)
-        space_bind(space, fresh);
-    pthread_mutex_unlock(&s->list_lock);
+    bind_spaces(s, fresh, until_msec);
     atomic_store_explicit(&s->life, fresh, memory_order_release);
     if (old) {
         atomic_fetch_add(&s->n_reattached, 1);
@@ -121,7 +126,7 @@ static int try_again(struct kvd *s, bool wait)
         return KVD_E_GONE;
     life = atomic_load(&s->life);
     if (!life_alive(life)) { /* else another thread was first */
-        r = time_to_try(s) ? attach_again(s, wait ? s->timeout_msec : HELLO_IN_MATCH_MSEC) : KVD_E_GONE;
+        r = time_to_try(s) ? attach_again(s, wait ? s->timeout_msec : MATCH_WAIT_MSEC) : KVD_E_GONE;
         s->n_failed = r == 0 ? 0 : s->n_failed + 1;
         backoff = s->n_failed < 2 ? 1 : s->n_failed < 4 ? 1u << (s->n_failed - 1) : BACKOFF_MAX;
         atomic_store(&s->retry_at_msec, mux_now_msec() + (uint64_t)s->reattach_msec * backoff);

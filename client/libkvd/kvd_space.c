@@ -206,7 +206,7 @@ static int take_reply(struct kvd_space *space, const struct life *life, const st
     return r;
 }
 
-int space_bind(struct kvd_space *space, struct life *life)
+int space_bind(struct kvd_space *space, struct life *life, uint32_t timeout_msec)
 {
     struct mux_reply reply = {0};
     uint16_t id;
@@ -214,7 +214,7 @@ int space_bind(struct kvd_space *space, struct life *life)
 
     if (space_id(space, life, &id))
         return 0;
-    r = mux_request(&life->mux, FRAME_SPACE_OPEN, space->packed, space->n_packed, NULL, 0, life->timeout_msec, &reply);
+    r = mux_request(&life->mux, FRAME_SPACE_OPEN, space->packed, space->n_packed, NULL, 0, timeout_msec, &reply);
     if (r == 0)
         r = take_reply(space, life, &reply);
     mux_reply_clear(&reply);
@@ -288,7 +288,7 @@ int kvd_space_open(kvd *session, const struct kvd_space_desc *desc, kvd_space **
         r = session_life(session, true, &life);
     if (r != 0)
         goto fail;
-    r = space_bind(space, life);
+    r = space_bind(space, life, life->timeout_msec);
     life_unref(life);
     if (r != 0)
         goto fail;
