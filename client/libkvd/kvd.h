@@ -239,6 +239,88 @@ int kvd_load_wait(kvd_loading *loading, uint32_t layer, int timeout_msec);
 int kvd_load_done(const kvd_loading *loading, uint32_t layer);
 kvd_loading *kvd_load_end(kvd_loading *loading);
 
+/* ---- Attention over leased blocks, without fetching them ------------------------------------------------------- */
+
+/* One layer's attention of some query tokens over a run of a matched prefix's blocks: a partial result, to be merged
+ * with the attention over the worker's own tail (kvd_attend_merge). For each query token and head, over the tokens t of
+ * the blocks that it sees (position not after its own; within the window, or among the first sink_tokens):
+ *   s[t] = scale * dot(q, K[t]), or softcap * tanh(that / softcap);  lse = log(sum exp(s[t]));
+ *   o = sum exp(s[t] - lse) * V[t]. Nothing seen: lse -infinity, o zero.
+ * Head h reads KV head h / (n_heads / n_kv_heads). Token i of block b of the prefix has position
+ * b * block_tokens + i. */
+struct kvd_attention {
+    size_t size;                 /* sizeof(struct kvd_attention), set by KVD_ATTENTION_INIT */
+    uint32_t layer;
+    uint32_t n_heads;            /* query heads: a multiple of the layer's n_kv_heads */
+    uint32_t n_tokens;           /* query tokens, at least 1 */
+    enum kvd_dtype dtype;        /* of q */
+    const void *q;               /* channel c of head h of token t at t * q_token_stride + h * q_head_stride bytes */
+    size_t q_token_stride, q_head_stride;
+    const uint32_t *positions;   /* [n_tokens]; NULL: first_position, first_position + 1, … */
+    uint32_t first_position;
+    float scale;                 /* often 1 / sqrt(dim_k) */
+    float softcap;               /* 0: none */
+    uint32_t window_tokens;      /* 0: that of the layer's group (none, if it has full attention) */
+    uint32_t sink_tokens;        /* first tokens of the sequence that every query sees; with full attention */
+    size_t first_block, n_blocks;
+    float *o;                    /* out: [n_tokens][n_heads][dim_v], with these strides in bytes (0: contiguous) */
+    size_t o_token_stride, o_head_stride;
+    float *lse;                  /* out: [n_tokens][n_heads], contiguous */
+    float *mass;                 /* out, or NULL: [n_blocks], share of all the attention of this call that went to each
+                                    block: sums to 1 where anything was seen */
+    uint32_t dim_o;              /* layers without V (dim_v 0): the first dim_o channels of K are the values; else 0 */
+};
+#define KVD_ATTENTION_INIT {sizeof(struct kvd_attention), 0, 0, 1, KVD_F32, NULL, 0, 0, NULL, 0, 0, 0, 0, 0, 0, 0, \
+                            NULL, 0, 0, NULL, NULL, 0}
+
+/* Where it is computed. */
+enum kvd_attend_form {
+    KVD_ATTEND_AUTO = 0,   /* what kvd_attend_choose() finds cheapest of the next two */
+    KVD_ATTEND_LOCAL = 1,  /* here, on the calling thread, over the mapped blocks: no system call */
+    KVD_ATTEND_DAEMON = 2, /* by the daemon, which runs requests of all workers over the same blocks as one */
+    KVD_ATTEND_LOAD = 3    /* (of kvd_attend_choose only) kvd_load once and attend over one's own pages */
+};
+
+/* Computes it. The prefix stays leased meanwhile. Errors: KVD_E_ARG (shapes, sizes, a query or scale that is not
+ * finite, a layer that is none; blocks of a window that the lease does not hold: kvd_message() says which),
+ * KVD_E_STALE, KVD_E_GONE, KVD_E_TIMEOUT, KVD_E_LIMIT (the daemon's queue is full), KVD_E_NOMEM. On an error o and lse
+ * mean nothing. */
+int kvd_attend(kvd_prefix *prefix, const struct kvd_attention *attention, enum kvd_attend_form form);
+
+/* Local, on several threads of the caller. An object is reusable, one attention at a time: begin, then any number of
+ * threads call kvd_attend_work() until it returns KVD_E_NOT_FOUND (nothing left to take); kvd_attend_wait() returns
+ * when all parts have been computed and merged. */
+typedef struct kvd_attending kvd_attending;
+int kvd_attending_create(kvd_space *space, kvd_attending **ret);
+kvd_attending *kvd_attending_destroy(kvd_attending *attending);
+/* n_parts: as many as threads that will work; 0: 1. */
+int kvd_attend_begin(kvd_attending *attending, kvd_prefix *prefix, const struct kvd_attention *attention,
+                     uint32_t n_parts);
+int kvd_attend_work(kvd_attending *attending);
+int kvd_attend_wait(kvd_attending *attending, int timeout_msec);
+
+/* By the daemon, without waiting: submit copies the queries; collect waits for the result and writes it to o, lse and
+ * mass as they were given at submit (they must live until then). A ticket is used up by collect (but for
+ * KVD_E_TIMEOUT) and by cancel. timeout_usec of submit: the daemon gives up after it; 0: the session's timeout. */
+int kvd_attend_submit(kvd_prefix *prefix, const struct kvd_attention *attention, uint64_t timeout_usec,
+                      uint64_t *ret_ticket);
+int kvd_attend_collect(kvd_prefix *prefix, uint64_t ticket, int timeout_msec);
+void kvd_attend_cancel(kvd_prefix *prefix, uint64_t ticket);
+
+/* What each form would cost, in microseconds, for n_steps such calls over the same blocks (a generation of so many
+ * tokens), by a model that measures itself (docs/attention.md). */
+struct kvd_attend_costs {
+    size_t size;                 /* set by the caller */
+    enum kvd_attend_form form;   /* the cheapest */
+    double local_usec, daemon_usec, load_usec;
+};
+int kvd_attend_choose(kvd_prefix *prefix, const struct kvd_attention *attention, uint64_t n_steps,
+                      struct kvd_attend_costs *ret);
+
+/* Merges a partial result into another over disjoint tokens: o[dim] and *lse become those of both. A learned sink is a
+ * partial with o zero (other_o NULL) and other_lse its logit. */
+void kvd_attend_merge(float *o, float *lse, const float *other_o, float other_lse, size_t dim);
+
 /* ---- Publish --------------------------------------------------------------------------------------------------- */
 
 enum kvd_publish_status { KVD_PUBLISHED = 0, KVD_PRESENT = 1, KVD_FAILED = 2 };
