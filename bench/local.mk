@@ -41,3 +41,6 @@ bench_bench_attach_SOURCES = bench/bench_attach.c bench/bench.h
 bench_bench_attach_LDADD = $(KVD_TEST_LIBS)
 
 SCRIPT_BENCHES += bench/bench_fidelity.sh
+
+# What bench_attend is compared with: built by its script, against a libggml that no Debian package has.
+EXTRA_DIST += bench/peer_attend.c bench/peer_attend.sh
