@@ -6,6 +6,7 @@ noinst_LTLIBRARIES += libkvdclient.la
 libkvdclient_la_SOURCES = \
 	client/libkvd/kvd.h \
 	client/libkvd/kvd_admin.c \
+	client/libkvd/kvd_attend_check.c client/libkvd/kvd_attend_impl.h \
 	client/libkvd/kvd_codec.c \
 	client/libkvd/kvd_error.c client/libkvd/kvd_error.h \
 	client/libkvd/kvd_flight.c \

@@ -254,7 +254,7 @@ struct kvd_attention {
     uint32_t n_heads;            /* query heads: a multiple of the layer's n_kv_heads */
     uint32_t n_tokens;           /* query tokens, at least 1 */
     enum kvd_dtype dtype;        /* of q */
-    const void *q;               /* channel c of head h of token t at t * q_token_stride + h * q_head_stride bytes */
+    const void *q;               /* [n_tokens][n_heads][dim_k], with these strides in bytes (0: contiguous) */
     size_t q_token_stride, q_head_stride;
     const uint32_t *positions;   /* [n_tokens]; NULL: first_position, first_position + 1, … */
     uint32_t first_position;
