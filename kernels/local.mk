@@ -21,3 +21,6 @@ libkvdkernels_avx512_la_SOURCES = kernels/codec/codec_avx512.c kernels/codec/cod
 libkvdkernels_avx512_la_CFLAGS = $(AM_CFLAGS) -mavx2 -mfma -mf16c -mbmi -mbmi2 \
 	-mavx512f -mavx512bw -mavx512vl -mavx512dq
 libkvdkernels_la_SOURCES += kernels/codec/payload.c kernels/codec/payload.h
+
+# ---- attention over encoded blocks ----
+libkvdkernels_la_SOURCES += kernels/attn/attn.c kernels/attn/attn.h kernels/attn/attn_int.h kernels/attn/attn_scalar.c
