@@ -6,7 +6,11 @@ noinst_LTLIBRARIES += libkvdclient.la
 libkvdclient_la_SOURCES = \
 	client/libkvd/kvd.h \
 	client/libkvd/kvd_admin.c \
+	client/libkvd/kvd_attend.c \
 	client/libkvd/kvd_attend_check.c client/libkvd/kvd_attend_impl.h \
+	client/libkvd/kvd_attend_cost.c client/libkvd/kvd_attend_cost.h \
+	client/libkvd/kvd_attend_job.c client/libkvd/kvd_attend_job.h \
+	client/libkvd/kvd_attending.c \
 	client/libkvd/kvd_codec.c \
 	client/libkvd/kvd_error.c client/libkvd/kvd_error.h \
 	client/libkvd/kvd_flight.c \
@@ -21,7 +25,7 @@ libkvdclient_la_SOURCES = \
 	client/libkvd/kvd_session.c \
 	client/libkvd/kvd_space.c \
 	client/libkvd/kvd_staging.c client/libkvd/kvd_staging.h
-KVD_CLIENT_LIBS = libkvdclient.la $(KVD_KERNELS_LIBS) $(KVD_PROTO_LIBS) $(CRYPTO_LIBS) -lpthread
+KVD_CLIENT_LIBS = libkvdclient.la $(KVD_KERNELS_LIBS) $(KVD_PROTO_LIBS) $(CRYPTO_LIBS) -lpthread -lm
 
 lib_LTLIBRARIES += libkvd.la
 libkvd_la_SOURCES =

@@ -268,7 +268,8 @@ struct kvd_attention {
     float *lse;                  /* out: [n_tokens][n_heads], contiguous */
     float *mass;                 /* out, or NULL: [n_blocks], share of all the attention of this call that went to each
                                     block: sums to 1 where anything was seen */
-    uint32_t dim_o;              /* layers without V (dim_v 0): the first dim_o channels of K are the values; else 0 */
+    uint32_t dim_o;              /* layers without V (dim_v 0): the first dim_o channels of K are the values, a
+                                    multiple of 16; else 0 */
 };
 #define KVD_ATTENTION_INIT {sizeof(struct kvd_attention), 0, 0, 1, KVD_F32, NULL, 0, 0, NULL, 0, 0, 0, 0, 0, 0, 0, \
                             NULL, 0, 0, NULL, NULL, 0}
@@ -292,11 +293,18 @@ int kvd_attend(kvd_prefix *prefix, const struct kvd_attention *attention, enum k
  * when all parts have been computed and merged. */
 typedef struct kvd_attending kvd_attending;
 int kvd_attending_create(kvd_space *space, kvd_attending **ret);
+/* No thread may be in a call with it. NULL is allowed. Returns NULL. */
 kvd_attending *kvd_attending_destroy(kvd_attending *attending);
-/* n_parts: as many as threads that will work; 0: 1. */
+/* Checks and copies the queries. n_parts: as many as threads that will work, up to 1024; 0: 1. The prefix is of the
+ * attending's space and is left alone until kvd_attend_wait() has returned. Errors: those of kvd_attend(); KVD_E_ARG
+ * also if what was begun before is not complete. */
 int kvd_attend_begin(kvd_attending *attending, kvd_prefix *prefix, const struct kvd_attention *attention,
                      uint32_t n_parts);
+/* Computes one more part on the calling thread. KVD_OK, or KVD_E_NOT_FOUND: nothing is left to take, or n_parts threads
+ * are at it already. A thread that comes too late, or while the next attention is being begun, is told the same. */
 int kvd_attend_work(kvd_attending *attending);
+/* Waits until all is complete (spins, then sleeps; computes nothing itself). timeout_msec < 0: for ever. KVD_OK, the
+ * errors of kvd_attend(), or KVD_E_TIMEOUT. */
 int kvd_attend_wait(kvd_attending *attending, int timeout_msec);
 
 /* By the daemon, without waiting: submit copies the queries; collect waits for the result and writes it to o, lse and

@@ -37,9 +37,11 @@ static int check_shape(struct attend_call *c)
                          a->n_heads, a->layer, layer->n_kv_heads, ATTEND_HEADS_MAX);
     if (!codec_dtype_bytes(dtype_of(a->dtype)))
         return error_set(cookie, KVD_E_ARG, "dtype is none of KVD_F16, KVD_BF16, KVD_F32");
-    if (layer->dim_v ? a->dim_o != 0 : a->dim_o < 1 || a->dim_o > layer->dim_k)
-        return error_set(cookie, KVD_E_ARG, "dim_o is %u; allowed for layer %u: %u to %u", a->dim_o, a->layer,
-                         layer->dim_v ? 0 : 1, layer->dim_v ? 0 : layer->dim_k);
+    if (layer->dim_v && a->dim_o != 0)
+        return error_set(cookie, KVD_E_ARG, "dim_o is %u; allowed for layer %u, which has V: 0", a->dim_o, a->layer);
+    if (!layer->dim_v && (a->dim_o < 16 || a->dim_o % 16 != 0 || a->dim_o > layer->dim_k))
+        return error_set(cookie, KVD_E_ARG, "dim_o is %u; allowed for layer %u, which has no V: multiples of 16 up to %u",
+                         a->dim_o, a->layer, layer->dim_k);
     c->group = layer->group;
     c->part = space->layer_index[a->layer];
     c->n_kv_heads = layer->n_kv_heads;

@@ -15,6 +15,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "kernels/attn/attn.h"
 #include "kernels/codec/payload.h"
 #include "kernels/crc32c.h"
 #include "kvd.h"
@@ -53,7 +54,11 @@ struct kvd {
     struct staging staging;
 
     const struct codec_ops *codecs;
+    const struct attn_ops *attn;
     crc32c_fn crc32c;
+
+    enum kvd_attend_form attend_form; /* that the environment asks for; KVD_ATTEND_AUTO: none */
+    double nsec_per_tick;             /* of attend_ticks() */
 };
 
 struct space_group {
@@ -74,10 +79,13 @@ struct kvd_space {
     uint32_t block_tokens, vocab_tokens, digest_bytes;
     uint32_t n_groups, n_layers;
     uint32_t n_full_groups;
+    enum codec_dtype dtype;
     struct space_group group[GROUPS_MAX];
     struct payload_layer *layers;
     uint32_t *layer_group;
     uint32_t *layer_index; /* of the layer among its group's */
+    struct attend_rates *rates; /* of attention, for each kind of layer (kvd_attend_cost.h) */
+    uint32_t *layer_rates;      /* which of them a layer has */
 };
 
 /* Leased blocks of one group: a run [lo, hi). */
@@ -112,6 +120,8 @@ struct kvd_prefix {
     uint16_t id;       /* the space's in that life */
     size_t n_matched;
     struct held held[GROUPS_MAX];
+
+    struct attend_job *attend; /* memory of the local form of attention; NULL: not used yet */
 };
 
 /* ---- Session ---- */

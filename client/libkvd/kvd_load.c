@@ -7,6 +7,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "kvd_attend_cost.h"
 #include "kvd_impl.h"
 
 /* One block's part in a load. */
@@ -73,9 +74,14 @@ static int decode_part(const struct load *load, uint32_t layer, size_t block, bo
         .v_token_stride = kv->v_token_stride,
         .v_head_stride = kv->v_head_stride,
     };
+    const struct payload_part *part = &layout->parts[space->layer_index[layer]];
+    uint64_t ticks = attend_ticks();
     int r = payload_decode(layout, space->session->codecs, space->layer_index[layer], payload, 0, space->block_tokens,
                            load->dtype, &dst);
 
+    if (r == 0 && load->dtype == space->dtype) /* kvd_attend_choose() may have to know */
+        attend_cost_note(&space->rates[space->layer_rates[layer]].load, (uint64_t)part->n_kv_heads * part->tile.bytes,
+                         attend_ticks() - ticks, space->session->nsec_per_tick);
     if (r < 0)
         return error_set(space->session->cookie, r == -EINVAL ? KVD_E_ARG : KVD_E_INTERNAL,
                          "layer %u cannot be decoded so: strides of %zu and %zu bytes a token", layer,

@@ -2,6 +2,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "kvd_attend_job.h"
 #include "kvd_impl.h"
 
 static int no_memory(const struct kvd *s, size_t n)
@@ -41,6 +42,9 @@ static void free_parts(struct kvd_prefix *p)
     free(p->tokens);
     free(p->extras);
     free(p->extra_data);
+    if (p->attend)
+        attend_job_deinit(p->attend);
+    free(p->attend);
     free(p);
 }
 

@@ -7,6 +7,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "kvd_attend_cost.h"
 #include "kvd_impl.h"
 
 #define TIMEOUT_MSEC  10000u
@@ -201,6 +202,22 @@ static const char *default_socket(void)
     return path && path[0] ? path : "/run/kvd/kvd.sock";
 }
 
+static int read_form(struct kvd *s)
+{
+    const char *form = secure_getenv("KVD_ATTEND_FORM");
+
+    s->attend_form = KVD_ATTEND_AUTO;
+    if (!form || !form[0] || strcmp(form, "auto") == 0)
+        return 0;
+    if (strcmp(form, "local") == 0)
+        s->attend_form = KVD_ATTEND_LOCAL;
+    else if (strcmp(form, "daemon") == 0)
+        s->attend_form = KVD_ATTEND_DAEMON;
+    else
+        return error_set(s->cookie, KVD_E_OPTION, "KVD_ATTEND_FORM is \"%s\"; allowed: auto, local, daemon", form);
+    return 0;
+}
+
 static int fill_session(struct kvd *s, const struct kvd_options *o)
 {
     struct cpu_features cpu;
@@ -219,6 +236,7 @@ static int fill_session(struct kvd *s, const struct kvd_options *o)
     staging_init(&s->staging, o->staging_bytes);
     cpu_detect(&cpu);
     s->codecs = codec_ops_choose(&cpu);
+    s->attn = attn_ops_choose(&cpu);
     s->crc32c = crc32c_choose(&cpu);
     wiped = mmap(NULL, (size_t)page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (wiped == MAP_FAILED || !s->socket_path) {
@@ -231,7 +249,28 @@ static int fill_session(struct kvd *s, const struct kvd_options *o)
     if (madvise(wiped, (size_t)page, MADV_WIPEONFORK) < 0)
         return error_set(s->cookie, KVD_E_INTERNAL, "MADV_WIPEONFORK: %s (Linux 4.14 or later is needed)",
                          strerror(errno));
-    return 0;
+    return read_form(s);
+}
+
+static uint64_t now_nsec(void)
+{
+    struct timespec t;
+
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (uint64_t)t.tv_sec * 1000000000 + (uint64_t)t.tv_nsec;
+}
+
+/* Attaches, and learns by the way how long a tick is: what is done meanwhile takes some 100 us. */
+static int attach_first(struct kvd *s)
+{
+    uint64_t nsec = now_nsec(), ticks = attend_ticks(), spent;
+    int r = attach_again(s, s->timeout_msec);
+
+    while ((spent = now_nsec() - nsec) < 50000) {
+    }
+    ticks = attend_ticks() - ticks;
+    s->nsec_per_tick = ticks ? (double)spent / (double)ticks : 1;
+    return r;
 }
 
 static void free_session(struct kvd *s)
@@ -279,7 +318,7 @@ int kvd_attach(const struct kvd_options *options, kvd **ret)
         return error_set(0, KVD_E_NOMEM, "no memory for a session");
     r = fill_session(s, o);
     if (r == 0)
-        r = attach_again(s, s->timeout_msec);
+        r = attach_first(s);
     if (r != 0) {
         error_move(s->cookie, 0);
         free_session(s);

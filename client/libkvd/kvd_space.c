@@ -2,6 +2,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "kvd_attend_cost.h"
 #include "kvd_impl.h"
 #include "proto/kvd.pb-c.h"
 
@@ -228,6 +229,7 @@ static int fill_space(struct kvd_space *space, const struct kvd_space_desc *d)
     space->block_tokens = d->block_tokens;
     space->vocab_tokens = d->vocab_tokens;
     space->digest_bytes = d->digest_bytes;
+    space->dtype = dtype_of(d->dtype);
     space->n_groups = d->n_groups;
     space->n_layers = d->n_layers;
     for (uint32_t g = 0; g < d->n_groups; g++) {
@@ -248,6 +250,8 @@ static int fill_space(struct kvd_space *space, const struct kvd_space_desc *d)
         r = fill_layouts(space);
     if (r == 0)
         r = pack_space(space, d);
+    if (r == 0 && attend_rates_create(space) != 0)
+        r = error_set(space->session->cookie, KVD_E_NOMEM, "no memory for %u layers", d->n_layers);
     return r;
 }
 
@@ -260,6 +264,8 @@ static void free_parts(struct kvd_space *space)
     free(space->layers);
     free(space->layer_group);
     free(space->layer_index);
+    free(space->rates);
+    free(space->layer_rates);
     free(space->packed);
     free(space);
 }
