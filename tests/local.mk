@@ -108,6 +108,10 @@ SUITES += tests/test_share
 tests_test_share_SOURCES = tests/test_share.c
 tests_test_share_LDADD = $(KVD_TEST_LIBS) $(TEST_LIBS)
 
+SUITES += tests/check_attend
+tests_check_attend_SOURCES = tests/check_attend.c tests/attend_fixture.h
+tests_check_attend_LDADD = $(KVD_TEST_LIBS) $(TEST_LIBS)
+
 SUITES += tests/test_alloc
 tests_test_alloc_SOURCES = tests/test_alloc.c
 tests_test_alloc_LDADD = tests/libkvdtest.la libkvdstore.la $(KVD_CLIENT_LIBS) $(TEST_LIBS)

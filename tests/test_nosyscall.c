@@ -1,6 +1,6 @@
-/* A match, a lease and a release make no system call: in a child that the kernel kills at the first one (seccomp), chains are matched,
- * leased, confirmed and released thousands of times. A ping under the same filter is killed, so that we
- * know that it bites. */
+/* A match, a lease, an attention over what is leased and a release make no system call: in a child that the kernel kills at the
+ * first one (seccomp), chains are matched, leased, confirmed, attended to and released thousands of times. A ping under the same
+ * filter is killed, so that we know that it bites. */
 #include <check.h>
 #include <errno.h>
 #include <linux/audit.h>
@@ -33,8 +33,8 @@ static int forbid_system_calls(void)
     return 0;
 }
 
-enum what { MATCH_TOKENS, MATCH_DIGESTS, MATCH_MISS, PING };
-enum { ROUNDS = 3000, BLOCKS = 32, NO_SECCOMP = 77, FAILED = 1 };
+enum what { MATCH_TOKENS, MATCH_DIGESTS, MATCH_MISS, ATTEND, ATTEND_PARTS, CHOOSE, PING };
+enum { ROUNDS = 3000, BLOCKS = 32, HEADS_MAX = 8, DIM_MAX = 512, NO_SECCOMP = 77, FAILED = 1 };
 
 struct child {
     kvd *k;
@@ -43,6 +43,8 @@ struct child {
     kvd_prefix *prefix;
     uint32_t tokens[2][BLOCKS * 64];
     uint8_t digests[2][BLOCKS * 32];
+    kvd_attending *attending;
+    float q[HEADS_MAX * DIM_MAX], o[HEADS_MAX * DIM_MAX], lse[HEADS_MAX], mass[BLOCKS];
 };
 
 static int setup_child(struct child *c, const char *socket_path, const char *kind)
@@ -53,8 +55,10 @@ static int setup_child(struct child *c, const char *socket_path, const char *kin
     options.socket_path = socket_path;
     world_init(&c->world, kind);
     if (kvd_attach(&options, &c->k) || kvd_space_open(c->k, &c->world.desc, &c->space) ||
-        kvd_prefix_create(c->space, BLOCKS, &c->prefix))
+        kvd_prefix_create(c->space, BLOCKS, &c->prefix) || kvd_attending_create(c->space, &c->attending))
         return FAILED;
+    for (size_t i = 0; i < HEADS_MAX * DIM_MAX; i++)
+        c->q[i] = (float)(i % 7) - 3;
     for (int p = 0; p < 2; p++) {
         n = BLOCKS * c->world.desc.block_tokens;
         world_tokens(&c->world, (uint64_t)p << WORLD_TREE_DEPTH, n, c->tokens[p]);
@@ -79,6 +83,34 @@ static int publish(struct child *c)
     return r ? FAILED : 0;
 }
 
+static int attend(struct child *c, enum what what)
+{
+    static const struct kvd_attention init = KVD_ATTENTION_INIT;
+    size_t n_tokens = BLOCKS * c->world.desc.block_tokens, n;
+    struct kvd_attend_costs costs = {.size = sizeof(costs)};
+    struct kvd_attention a = init;
+
+    if (kvd_match(c->prefix, c->tokens[0], n_tokens, NULL, 0, &n) || n != n_tokens)
+        return FAILED;
+    a.n_heads = c->world.layers[0].n_kv_heads * 2;
+    a.q = c->q;
+    a.first_position = (uint32_t)n_tokens;
+    a.scale = 0.1f;
+    a.n_blocks = BLOCKS;
+    a.o = c->o;
+    a.lse = c->lse;
+    a.mass = c->mass;
+    if (what == CHOOSE)
+        return kvd_attend_choose(c->prefix, &a, 1, &costs);
+    if (what == ATTEND)
+        return kvd_attend(c->prefix, &a, KVD_ATTEND_LOCAL);
+    if (kvd_attend_begin(c->attending, c->prefix, &a, 2))
+        return FAILED;
+    while (kvd_attend_work(c->attending) == KVD_OK) {
+    }
+    return kvd_attend_wait(c->attending, -1);
+}
+
 static int rounds(struct child *c, enum what what)
 {
     size_t n_tokens = BLOCKS * c->world.desc.block_tokens, n = 0;
@@ -86,6 +118,11 @@ static int rounds(struct child *c, enum what what)
     for (int i = 0; i < ROUNDS; i++) {
         if (what == PING)
             return kvd_ping(c->k);
+        if (what == ATTEND || what == ATTEND_PARTS || what == CHOOSE) {
+            if (i % 30 == 0 && attend(c, what))
+                return FAILED;
+            continue;
+        }
         if (what == MATCH_DIGESTS) {
             if (kvd_match_digests(c->prefix, c->digests[0], BLOCKS, &n) || n != BLOCKS)
                 return FAILED;
@@ -131,7 +168,8 @@ START_TEST(no_system_call)
     static const struct {
         const char *kind;
         enum what what;
-    } cases[] = {{"raw", MATCH_TOKENS}, {"raw", MATCH_MISS}, {"slide", MATCH_TOKENS}, {"digest", MATCH_DIGESTS}};
+    } cases[] = {{"raw", MATCH_TOKENS}, {"raw", MATCH_MISS}, {"slide", MATCH_TOKENS}, {"digest", MATCH_DIGESTS},
+                 {"raw", ATTEND}, {"default", ATTEND}, {"slide", ATTEND}, {"default", ATTEND_PARTS}, {"default", CHOOSE}};
     struct harness h;
     int status;
 
