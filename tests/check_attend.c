@@ -628,7 +628,7 @@ struct repeating {
     struct at_call call;
     _Atomic bool stop;
     _Atomic uint64_t n;
-    int error;
+    _Atomic int error;
 };
 
 static void *repeat(void *arg)

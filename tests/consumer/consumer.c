@@ -1,6 +1,7 @@
 /* A worker as a user of the installed library writes it: C99 or C++, no other header of kvd's, no other library.
  *
- * Publishes a prefix that nobody has, matches it, loads it back, and compares. Exit code 0 if all is well. */
+ * Publishes a prefix that nobody has, matches it, loads it back, attends to it without loading, and compares. Exit code 0 if all is
+ * well. */
 #include <kvd.h>
 
 #include <stdio.h>
@@ -8,6 +9,15 @@
 #include <string.h>
 
 enum { LAYERS = 2, HEADS = 2, DIM = 64, BLOCK = 16, BLOCKS = 4, TOKENS = BLOCK * BLOCKS, NUMBERS = TOKENS * HEADS * DIM };
+
+#define LOG_TOKENS 4.158883 /* natural */
+
+static int differ(double a, double b)
+{
+    double d = a < b ? b - a : a - b;
+
+    return !(d <= 1e-3 + 1e-3 * (b < 0 ? -b : b));
+}
 
 static int failed(const char *what, int error, const kvd *session)
 {
@@ -52,8 +62,65 @@ static void point_at(struct kvd_kv *kv, float (*memory)[2][NUMBERS])
     }
 }
 
+/* One query over the whole prefix: all keys weigh the same for a query of zeros, so the output is the mean of the values. Half of it on this thread, half by parts. */
+static int attend(kvd *session, kvd_space *space, kvd_prefix *prefix, float (*v)[HEADS][DIM])
+{
+    static float q[HEADS][DIM];
+    static float o[HEADS][DIM], more[HEADS][DIM];
+    float lse[HEADS], more_lse[HEADS], mass[BLOCKS / 2];
+    const struct kvd_attention init = KVD_ATTENTION_INIT;
+    struct kvd_attention a = init;
+    struct kvd_attend_costs costs;
+    kvd_attending *attending = NULL;
+    int h, i, t, r;
+
+    a.layer = 1;
+    a.n_heads = HEADS;
+    a.q = q;
+    a.first_position = TOKENS;
+    a.scale = 0.125f;
+    a.n_blocks = BLOCKS / 2;
+    a.o = o[0];
+    a.lse = lse;
+    a.mass = mass;
+    costs.size = sizeof(costs);
+    r = kvd_attend_choose(prefix, &a, 100, &costs);
+    if (r != KVD_OK)
+        return failed("kvd_attend_choose", r, session);
+    r = kvd_attend(prefix, &a, KVD_ATTEND_LOCAL);
+    if (r != KVD_OK)
+        return failed("kvd_attend", r, session);
+    a.first_block = BLOCKS / 2;
+    a.o = more[0];
+    a.lse = more_lse;
+    r = kvd_attending_create(space, &attending);
+    if (r == KVD_OK)
+        r = kvd_attend_begin(attending, prefix, &a, 2);
+    while (r == KVD_OK)
+        r = kvd_attend_work(attending);
+    if (r == KVD_E_NOT_FOUND)
+        r = kvd_attend_wait(attending, -1);
+    kvd_attending_destroy(attending);
+    if (r != KVD_OK)
+        return failed("kvd_attend_begin", r, session);
+    for (h = 0; h < HEADS; h++) {
+        kvd_attend_merge(o[h], &lse[h], more[h], more_lse[h], DIM);
+        if (differ(lse[h], LOG_TOKENS))
+            return failed("the sum of the weights", 0, session);
+        for (i = 0; i < DIM; i++) {
+            double mean = 0;
+
+            for (t = 0; t < TOKENS; t++)
+                mean += (double)v[t][h][i] / TOKENS;
+            if (differ(o[h][i], mean))
+                return failed("the mean of the values", 0, session);
+        }
+    }
+    return 0;
+}
+
 /* Publishes what a model would have computed, and reads it back. */
-static int share(kvd *session, kvd_prefix *prefix, const uint32_t *tokens)
+static int share(kvd *session, kvd_space *space, kvd_prefix *prefix, const uint32_t *tokens)
 {
     static float mine[LAYERS][2][NUMBERS], theirs[LAYERS][2][NUMBERS];
     enum kvd_publish_status status[BLOCKS];
@@ -83,7 +150,10 @@ static int share(kvd *session, kvd_prefix *prefix, const uint32_t *tokens)
     r = kvd_load(prefix, 0, BLOCKS, KVD_F32, kv, KVD_LOAD_VERIFY);
     if (r != KVD_OK)
         return failed("kvd_load", r, session);
+    r = attend(session, space, prefix, (float(*)[HEADS][DIM])mine[1][1]);
     kvd_release(prefix);
+    if (r != 0)
+        return r;
     if (memcmp(mine, theirs, sizeof(mine)) != 0) {
         fprintf(stderr, "what was loaded is not what was published\n");
         return 1;
@@ -118,7 +188,7 @@ int main(void)
     r = kvd_match(prefix, tokens, TOKENS, NULL, 0, NULL);
     if (r != KVD_OK)
         return failed("kvd_match", r, session);
-    r = share(session, prefix, tokens);
+    r = share(session, space, prefix, tokens);
     kvd_prefix_destroy(prefix);
     kvd_space_close(space);
     kvd_detach(session);
