@@ -23,4 +23,11 @@ libkvdkernels_avx512_la_CFLAGS = $(AM_CFLAGS) -mavx2 -mfma -mf16c -mbmi -mbmi2 \
 libkvdkernels_la_SOURCES += kernels/codec/payload.c kernels/codec/payload.h
 
 # ---- attention over encoded blocks ----
+noinst_LTLIBRARIES += libkvdkernels_avx512_vnni.la
 libkvdkernels_la_SOURCES += kernels/attn/attn.c kernels/attn/attn.h kernels/attn/attn_int.h kernels/attn/attn_scalar.c
+libkvdkernels_la_LIBADD += libkvdkernels_avx512_vnni.la
+attn_part = kernels/attn/attn_part.h kernels/attn/attn_any.h kernels/attn/attn_code.h
+libkvdkernels_avx2_la_SOURCES += kernels/attn/attn_avx2.c kernels/attn/attn_vec_avx2.h $(attn_part)
+libkvdkernels_avx512_la_SOURCES += kernels/attn/attn_avx512.c kernels/attn/attn_vec_avx512.h $(attn_part)
+libkvdkernels_avx512_vnni_la_SOURCES = kernels/attn/attn_avx512_vnni.c kernels/attn/attn_vec_avx512.h $(attn_part)
+libkvdkernels_avx512_vnni_la_CFLAGS = $(libkvdkernels_avx512_la_CFLAGS) -mavx512vnni

@@ -67,6 +67,12 @@ tests_make_codec_golden_SOURCES = tests/make_codec_golden.c tests/check_codec_da
 tests_make_codec_golden_LDADD = $(KVD_KERNELS_LIBS)
 EXTRA_DIST += tests/golden/codec
 
+SUITES += tests/check_attn tests/check_attn_error
+tests_check_attn_SOURCES = tests/check_attn.c tests/check_attn_scene.h tests/check_codec_data.h
+tests_check_attn_LDADD = $(KVD_KERNELS_LIBS) $(TEST_LIBS)
+tests_check_attn_error_SOURCES = tests/check_attn_error.c tests/check_attn_scene.h tests/check_codec_data.h
+tests_check_attn_error_LDADD = $(KVD_KERNELS_LIBS) $(TEST_LIBS)
+
 SUITES += tests/check_policy
 tests_check_policy_SOURCES = tests/check_policy.c tests/policy_model.c tests/policy_model.h
 tests_check_policy_LDADD = $(KVD_STORE_LIBS) $(TEST_LIBS)

@@ -7,14 +7,19 @@
 
 const struct attn_ops *attn_ops_choose(const struct cpu_features *cpu)
 {
-    (void)cpu;
-    return &attn_ops_scalar;
+    if (cpu && cpu->avx512_vnni)
+        return &attn_ops_avx512_vnni;
+    if (cpu && cpu->avx512)
+        return &attn_ops_avx512;
+    return cpu && cpu->avx2 ? &attn_ops_avx2 : &attn_ops_scalar;
 }
 
 size_t attn_work_bytes(uint32_t n_rows, uint32_t n_tokens, uint32_t dim_k, uint32_t dim_o)
 {
     (void)n_tokens; /* blocks are taken in chunks, whatever their size */
-    return attn_scalar_bytes(n_rows, dim_k, dim_o);
+    size_t scalar = attn_scalar_bytes(n_rows, dim_k, dim_o), vector = attn_vector_bytes(n_rows, dim_k, dim_o);
+
+    return scalar > vector ? scalar : vector;
 }
 
 static int check_params(const struct attn_params *params)

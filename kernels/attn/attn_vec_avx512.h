@@ -1,0 +1,181 @@
+/* One register of floats or integers with AVX-512 F, BW, VL and DQ: what attn_part.h and its parts are written in.
+ * attn_vec_avx2.h has the same names.   wf: WIDTH floats   wi: the same bits as integers   a lane: 128 of them */
+#ifndef KVD_KERNELS_ATTN_VEC_AVX512_H
+#define KVD_KERNELS_ATTN_VEC_AVX512_H
+
+#include <immintrin.h>
+#include <stdint.h>
+#include <string.h>
+
+#define WIDTH 16u
+#define LANES 4u
+#define ROWS 4u /* of a register block */
+#define VEC static inline __attribute__((always_inline))
+
+typedef __m512 wf;
+typedef __m512i wi;
+
+VEC wf wf_set1(float x) { return _mm512_set1_ps(x); }
+VEC wf wf_load(const float *p) { return _mm512_loadu_ps(p); }
+VEC void wf_store(float *p, wf v) { _mm512_storeu_ps(p, v); }
+VEC wf wf_add(wf a, wf b) { return _mm512_add_ps(a, b); }
+VEC wf wf_sub(wf a, wf b) { return _mm512_sub_ps(a, b); }
+VEC wf wf_mul(wf a, wf b) { return _mm512_mul_ps(a, b); }
+VEC wf wf_div(wf a, wf b) { return _mm512_div_ps(a, b); }
+VEC wf wf_fma(wf a, wf b, wf c) { return _mm512_fmadd_ps(a, b, c); }
+VEC wf wf_max(wf a, wf b) { return _mm512_max_ps(a, b); }
+VEC wf wf_min(wf a, wf b) { return _mm512_min_ps(a, b); }
+VEC wf wf_abs(wf a) { return _mm512_abs_ps(a); }
+VEC wf wf_copysign(wf magnitude, wf sign)
+{
+    return _mm512_or_ps(magnitude, _mm512_and_ps(sign, _mm512_set1_ps(-0.0f)));
+}
+VEC wf wf_round(wf a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+VEC wf wf_load_f16(const void *p) { return _mm512_cvtph_ps(_mm256_loadu_si256(p)); }
+/* The even and the odd ones of 2 WIDTH halves. */
+VEC void wf_load_f16_pairs(const void *p, wf *ret_even, wf *ret_odd)
+{
+    wi v = _mm512_loadu_si512(p);
+
+    *ret_even = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(v));
+    *ret_odd = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(v, 16)));
+}
+
+/* x * 2^n for whole n, 0 where n is below -126. */
+VEC wf wf_scale(wf x, wf n)
+{
+    return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(n, _mm512_set1_ps(-126), _CMP_GE_OQ), x, n);
+}
+
+/* -infinity where first + lane is not below head nor in from .. to - 1. */
+VEC wf wf_see(wf v, uint32_t first, uint32_t head, uint32_t from, uint32_t to)
+{
+    wi t = _mm512_add_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
+                            _mm512_set1_epi32((int)first));
+    __mmask16 seen = _mm512_cmplt_epi32_mask(t, _mm512_set1_epi32((int)head)) |
+                     (_mm512_cmpge_epi32_mask(t, _mm512_set1_epi32((int)from)) &
+                      _mm512_cmplt_epi32_mask(t, _mm512_set1_epi32((int)to)));
+
+    return _mm512_mask_mov_ps(_mm512_set1_ps(-__builtin_inff()), seen, v);
+}
+
+#define WF_FOLD4(op) \
+    wf a = op(_mm512_shuffle_f32x4(v[0], v[1], 0x44), _mm512_shuffle_f32x4(v[0], v[1], 0xee)); \
+    wf b = op(_mm512_shuffle_f32x4(v[2], v[3], 0x44), _mm512_shuffle_f32x4(v[2], v[3], 0xee)); \
+    wf c = op(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd)); \
+    c = op(c, _mm512_permute_ps(c, 0x4e)); \
+    c = op(c, _mm512_permute_ps(c, 0xb1)); \
+    ret[0] = _mm512_shuffle_f32x4(c, c, 0x00); \
+    ret[1] = _mm512_shuffle_f32x4(c, c, 0x55); \
+    ret[2] = _mm512_shuffle_f32x4(c, c, 0xaa); \
+    ret[3] = _mm512_shuffle_f32x4(c, c, 0xff)
+/* The largest, the sum of the lanes of each of four, everywhere. */
+VEC void wf_max4(const wf v[4], wf ret[4]) { WF_FOLD4(_mm512_max_ps); }
+VEC void wf_sum4(const wf v[4], wf ret[4]) { WF_FOLD4(_mm512_add_ps); }
+/* The four sums, side by side. */
+VEC __m128 wf_quarter(wf v)
+{
+    __m256 h = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
+
+    return _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
+}
+VEC __m128 wf_sums(const wf v[4])
+{
+    return _mm_hadd_ps(_mm_hadd_ps(wf_quarter(v[0]), wf_quarter(v[1])), _mm_hadd_ps(wf_quarter(v[2]), wf_quarter(v[3])));
+}
+VEC float wf_first(wf v) { return _mm512_cvtss_f32(v); }
+
+/* ---- integers ---- */
+
+VEC wi wi_zero(void) { return _mm512_setzero_si512(); }
+VEC wi wi_load(const void *p) { return _mm512_loadu_si512(p); }
+VEC void wi_store(void *p, wi v) { _mm512_storeu_si512(p, v); }
+VEC wi wi_add32(wi a, wi b) { return _mm512_add_epi32(a, b); }
+VEC wi wi_add16(wi a, wi b) { return _mm512_add_epi16(a, b); }
+VEC wi wi_shl8(wi a) { return _mm512_slli_epi32(a, 8); }
+VEC wi wi_nib_low(wi a) { return _mm512_and_si512(a, _mm512_set1_epi8(15)); }
+VEC wi wi_nib_high(wi a) { return _mm512_and_si512(_mm512_srli_epi16(a, 4), _mm512_set1_epi8(15)); }
+VEC wi wi_set1_lane(const void *p) { return _mm512_broadcast_i32x4(_mm_loadu_si128(p)); }
+VEC wi wi_set1_32(const void *p)
+{
+    int32_t x;
+
+    memcpy(&x, p, 4);
+    return _mm512_set1_epi32(x);
+}
+VEC wi wi_maddubs(wi u, wi s) { return _mm512_maddubs_epi16(u, s); }
+VEC wi wi_madd(wi a, wi b) { return _mm512_madd_epi16(a, b); }
+#ifdef ATTN_VNNI
+/* acc + sums of four neighbouring products of uint8 and int8. */
+VEC wi wi_dot_bytes(wi acc, wi u, wi s) { return _mm512_dpbusd_epi32(acc, u, s); }
+VEC wi wi_dot_pairs(wi acc, wi a, wi b) { return _mm512_dpwssd_epi32(acc, a, b); }
+#else
+VEC wi wi_dot_pairs(wi acc, wi a, wi b) { return _mm512_add_epi32(acc, _mm512_madd_epi16(a, b)); }
+#endif
+VEC wi wi_set1_16(int x) { return _mm512_set1_epi16((short)x); }
+VEC wf wi_float(wi a) { return _mm512_cvtepi32_ps(a); }
+
+/* Lane i is 16 bytes of row i, 8 of them and zeros if half. */
+VEC __m128i lane_load(const uint8_t *p, int half)
+{
+    return half ? _mm_loadl_epi64((const __m128i *)p) : _mm_loadu_si128((const __m128i *)p);
+}
+VEC wi wi_gather_lanes(const uint8_t *const row[4], uint32_t off, int half)
+{
+    wi v = _mm512_castsi128_si512(lane_load(row[0] + off, half));
+
+    v = _mm512_inserti32x4(v, lane_load(row[1] + off, half), 1);
+    v = _mm512_inserti32x4(v, lane_load(row[2] + off, half), 2);
+    return _mm512_inserti32x4(v, lane_load(row[3] + off, half), 3);
+}
+
+/* Sums of the lanes' four int32, lane i of a[g] to element 4 i + g. */
+VEC wi wi_fold_lanes(const wi a[4])
+{
+    wi s = _mm512_add_epi32(_mm512_unpacklo_epi32(a[0], a[1]), _mm512_unpackhi_epi32(a[0], a[1]));
+    wi u = _mm512_add_epi32(_mm512_unpacklo_epi32(a[2], a[3]), _mm512_unpackhi_epi32(a[2], a[3]));
+
+    return _mm512_add_epi32(_mm512_unpacklo_epi64(s, u), _mm512_unpackhi_epi64(s, u));
+}
+
+/* WIDTH whole numbers within int16: high bytes to hi, low bytes (signed) to lo, number = 256 * hi + lo. */
+VEC void wf_split(wf v, uint8_t *hi, uint8_t *lo)
+{
+    wi n = _mm512_cvtps_epi32(v);
+
+    _mm_storeu_si128((__m128i *)lo, _mm512_cvtepi32_epi8(n));
+    _mm_storeu_si128((__m128i *)hi, _mm512_cvtepi32_epi8(_mm512_srai_epi32(_mm512_add_epi32(n, _mm512_set1_epi32(128)), 8)));
+}
+
+/* WIDTH whole numbers within int16. */
+VEC void wf_store_int16(int16_t *p, wf v)
+{
+    _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(v)));
+}
+
+/* ---- values of two tokens ---- */
+
+typedef struct { wi t; } wtab;
+VEC wtab wtab_load(const int16_t table[16])
+{
+    return (wtab){_mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i *)table))};
+}
+/* n bytes, and zeros. */
+VEC wi wi_load_n(const uint8_t *p, uint32_t n)
+{
+    return n >= 64 ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi8(((__mmask64)1 << n) - 1, p);
+}
+/* Codes of two tokens, half of each lane (0: the first 8 bytes): their numbers by table, side by side as int16; the four bytes
+ * from 4 i on of the half are in ret[2 i] (low nibbles) and ret[2 i + 1]. */
+VEC void wtab_pairs(wtab t, wi a, wi b, int half, wi ret[4])
+{
+    wi x = half ? _mm512_unpackhi_epi8(a, b) : _mm512_unpacklo_epi8(a, b), y = _mm512_srli_epi16(x, 8);
+    wi p = _mm512_unpacklo_epi16(x, y), q = _mm512_unpackhi_epi16(x, y);
+
+    ret[0] = _mm512_permutexvar_epi16(p, t.t); /* looks at five bits; both halves of the table are the same */
+    ret[1] = _mm512_permutexvar_epi16(_mm512_srli_epi16(p, 4), t.t);
+    ret[2] = _mm512_permutexvar_epi16(q, t.t);
+    ret[3] = _mm512_permutexvar_epi16(_mm512_srli_epi16(q, 4), t.t);
+}
+
+#endif
