@@ -41,6 +41,7 @@ enum frame_type {
     FRAME_FLIGHT_BEGIN = 9,
     FRAME_FLIGHT_WAIT = 10,
     FRAME_FLIGHT_END = 11,
+    FRAME_ATTEND_ADD = 12,
     /* admin */
     FRAME_STATS = 32,
     FRAME_LIST = 33,

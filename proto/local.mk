@@ -4,6 +4,7 @@ libkvdproto_la_SOURCES = \
 	proto/frame.c proto/frame.h \
 	proto/key.c proto/key.h \
 	proto/lookup.c proto/lookup.h \
+	proto/ring.c proto/ring.h \
 	proto/shm.h
 nodist_libkvdproto_la_SOURCES = proto/kvd.pb-c.c proto/kvd.pb-c.h
 
