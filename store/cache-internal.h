@@ -49,7 +49,7 @@ struct cache {
     uint32_t zombie_head;
     uint32_t pending[PENDING_BUCKETS];
     struct space_slot *spaces; /* id 1 .. n_spaces, at id - 1 */
-    uint32_t n_spaces;
+    _Atomic uint32_t n_spaces; /* read by other threads; grows after the space is in its place */
     struct cache_page **pages;
     uint32_t n_pages;
     uint64_t born_usec;

@@ -7,6 +7,23 @@
 #include "store/cache-internal.h"
 #include "store/tier/host.h"
 
+/* ---- readers in other threads ---- */
+
+const struct lookup_view *cache_view(const struct cache *c)
+{
+    return &c->index.view;
+}
+
+const void *cache_leased_at(const struct cache *c, uint64_t host)
+{
+    return host_leased_at(c->host, host);
+}
+
+_Atomic uint32_t *cache_awake_word(const struct cache *c)
+{
+    return &c->index.header->attend_awake;
+}
+
 /* ---- pages ---- */
 
 int cache_page_add(struct cache *c, struct cache_page *page)

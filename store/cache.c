@@ -151,8 +151,8 @@ int cache_space_open(struct cache *c, const struct space_desc *desc, struct spac
         return -ENOSPC;
     }
     space->id = c->n_spaces + 1; /* ids are never reused while the index lives (rule I1) */
-    c->spaces[c->n_spaces++] =
-        (struct space_slot){.space = space, .n_open = 1, .oldest = CACHE_NONE, .newest = CACHE_NONE};
+    c->spaces[c->n_spaces] = (struct space_slot){.space = space, .n_open = 1, .oldest = CACHE_NONE, .newest = CACHE_NONE};
+    atomic_store_explicit(&c->n_spaces, space->id, memory_order_release);
     *ret_space = space;
     return 0;
 }
@@ -165,7 +165,7 @@ void cache_space_close(struct cache *c, struct space *space)
 
 struct space *cache_space_find(const struct cache *c, uint32_t id)
 {
-    return id >= 1 && id <= c->n_spaces ? c->spaces[id - 1].space : NULL;
+    return id >= 1 && id <= atomic_load_explicit(&c->n_spaces, memory_order_acquire) ? c->spaces[id - 1].space : NULL;
 }
 
 void cache_space_stats(const struct cache *c, const struct space *space, struct cache_space_stats *ret)

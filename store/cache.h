@@ -1,6 +1,7 @@
 /* One tenant's cache: its index, spaces, host slabs, eviction order and leases, behind one door.
  *
- * Loop thread only (rule I6): there is no lock in here. Helper threads get memory lent (struct cache_slot) and give it back.
+ * Loop thread only (rule I6), but for what says otherwise: there is no lock in here. Helper threads get memory lent (struct
+ * cache_slot) and give it back; other readers go by the index and by leases, as workers do.
  * Nothing here waits, logs, or knows a socket. Includes: proto, kernels, store.
  *
  * States of an entry, and the function that makes each move:
@@ -32,6 +33,7 @@
 #include <stdint.h>
 
 #include "proto/key.h"
+#include "proto/lookup.h"
 #include "proto/shm.h"
 #include "store/policy.h"
 #include "store/slab.h"
@@ -92,13 +94,24 @@ uint64_t cache_page_leases(const struct cache *cache, const struct cache_page *p
 /* Reads what workers noted since the last time: touches what they used. Called before evictions, and for statistics. */
 void cache_drain_hits(struct cache *cache);
 
+/* ---- Readers in threads of the daemon ---- */
+
+/* The index, to be read as a worker reads it. Stays as long as the cache. Any thread. */
+const struct lookup_view *cache_view(const struct cache *cache);
+/* Address of a payload whose entry the caller has under lease in a table that was added with cache_page_add(), from the entry's host
+ * field. NULL: it is not in host memory. Any thread. */
+const void *cache_leased_at(const struct cache *cache, uint64_t host);
+/* The index header's word that tells workers that nobody needs to be woken for their submissions: the attention threads write it. */
+_Atomic uint32_t *cache_awake_word(const struct cache *cache);
+
 /* ---- Spaces ---- */
 
 /* Finds or makes the space and opens it once more. *ret_space is owned by the cache until closed as often as opened; its blocks
  * stay when nobody has it open. Errors: -EINVAL with ret_reason, -ENOSPC (n_spaces_max), -ENOMEM. */
 int cache_space_open(struct cache *cache, const struct space_desc *desc, struct space **ret_space, const char **ret_reason);
 void cache_space_close(struct cache *cache, struct space *space);
-struct space *cache_space_find(const struct cache *cache, uint32_t id); /* NULL: no such space */
+/* NULL: no such space. Any thread: a space stays as long as the cache, and does not change. */
+struct space *cache_space_find(const struct cache *cache, uint32_t id);
 /* What is known of a space beyond its description. */
 struct cache_space_stats {
     uint64_t n_blocks;

@@ -40,6 +40,7 @@ struct tier {
     uint64_t held_bytes, slot_bytes, n_slots;
     uint64_t meta_bytes;
     uint32_t n_retired;
+    _Atomic(const char *) *bases; /* of slabs by number, HOST_SLABS_MAX of them: what other threads may read */
     struct slab_memory spare; /* map NULL: none; charged to the budget already */
 };
 
@@ -49,6 +50,11 @@ int host_create(const char *name, struct budget *budget, uint64_t limit_bytes, u
 
     if (!t)
         return -ENOMEM;
+    t->bases = calloc(HOST_SLABS_MAX, sizeof(*t->bases)); /* pages that nobody touches cost nothing */
+    if (!t->bases) {
+        free(t);
+        return -ENOMEM;
+    }
     snprintf(t->name, sizeof(t->name), "kvd-slab-%s", name);
     t->budget = budget;
     t->limit_bytes = limit_bytes;
@@ -241,6 +247,7 @@ static int grow(struct tier *t, uint64_t bytes, uint32_t *ret_n)
     else if (t->budget->hugepages != SLAB_HUGE_OFF)
         t->budget->n_huge_refused++;
     t->slabs[*ret_n] = (struct host_slab){.memory = memory, .next = FREE_END, .prev = FREE_END};
+    atomic_store_explicit(&t->bases[*ret_n], memory.map, memory_order_release);
     t->n_live++;
     if (*ret_n == t->n_slabs)
         t->n_slabs++;
@@ -351,6 +358,14 @@ static void *host_at(const struct tier *t, uint64_t loc)
     return s ? (char *)s->memory.map + shm_loc_off(loc) : NULL;
 }
 
+const void *host_leased_at(const struct tier *t, uint64_t loc)
+{
+    uint32_t n = shm_loc_slab(loc);
+    const char *base = n < HOST_SLABS_MAX ? atomic_load_explicit(&t->bases[n], memory_order_acquire) : NULL;
+
+    return base ? base + shm_loc_off(loc) : NULL;
+}
+
 static bool host_has_class(const struct tier *t, uint64_t bytes)
 {
     const struct host_class *c = find_class(t, round_slot(bytes));
@@ -398,6 +413,7 @@ static uint64_t host_trim(struct tier *t)
         given += s->memory.bytes;
         if (s->memory.huge)
             t->budget->n_huge_slabs--;
+        atomic_store_explicit(&t->bases[n], NULL, memory_order_release);
         slab_memory_release(&s->memory);
         t->n_live--;
         t->n_retired++;
@@ -446,6 +462,7 @@ static struct tier *host_destroy(struct tier *t)
     t->budget->used_bytes -= t->held_bytes;
     free(t->slabs);
     free(t->classes);
+    free(t->bases);
     free(t);
     return NULL;
 }

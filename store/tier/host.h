@@ -22,6 +22,9 @@ extern const struct tier_ops host_tier_ops;
 int host_create(const char *name, struct budget *budget, uint64_t limit_bytes, uint64_t slab_bytes, struct tier **ret);
 /* Descriptor and size of a slab, borrowed. -ENOENT. */
 int host_slab_fd(const struct tier *tier, uint32_t slab, uint64_t *ret_bytes);
+/* Address of a payload whose block the caller holds by a lease; NULL: loc is none of the tier's. Any thread: the lease keeps the
+ * block's slab, and the generation that was read under it orders this after the slab's making. */
+const void *host_leased_at(const struct tier *tier, uint64_t loc);
 /* Slabs given back so far; mirrored into the index header. */
 uint32_t host_n_retired(const struct tier *tier);
 /* Would a slab made ahead be of use (none is spare, limit and budget allow it)? Its size. */
