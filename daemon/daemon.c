@@ -1,6 +1,7 @@
 #include "daemon/daemon.h"
 
 #include <errno.h>
+#include <sched.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -9,6 +10,7 @@
 
 #include <systemd/sd-daemon.h>
 
+#include "daemon/attend.h"
 #include "daemon/flight_requests.h"
 #include "daemon/listener.h"
 #include "daemon/publish.h"
@@ -66,6 +68,7 @@ void daemon_measure(struct daemon *d)
     m->jobs_waiting = jobs_waiting(d->jobs);
     flights_count(d->flights, &m->flights, &m->flight_waiters);
     m->draining = d->draining;
+    attend_measure(d->attend, m);
 }
 
 /* Told when something happened, at most once a second, and never by a timer: an idle daemon does not wake up. */
@@ -98,15 +101,29 @@ static void warn_of_host_bytes(struct daemon *d)
                   (unsigned long long)d->budget.limit_bytes, (unsigned long long)bytes);
 }
 
+static void fill_attend_limits(const struct options *o, struct attend_limits *ret)
+{
+    *ret = (struct attend_limits){.request_bytes = o->attend_request_bytes,
+                                  .worker_bytes = o->attend_worker_bytes,
+                                  .queue_bytes = o->attend_queue_bytes,
+                                  .memory_bytes = o->attend_bytes,
+                                  .spin_usec = o->attend_spin,
+                                  .slice_usec = o->attend_slice,
+                                  .n_blocks = (uint32_t)o->attend_blocks};
+}
+
 void daemon_apply_options(struct daemon *d)
 {
     const struct options *o = &d->options;
+    struct attend_limits limits;
 
     d->log.level = (enum log_level)o->log_level;
     d->budget.limit_bytes = o->host_bytes;
     warn_of_host_bytes(d);
     d->budget.hugepages = (enum slab_hugepages)o->hugepages;
     d->budget.numa_interleave = o->numa != 0;
+    fill_attend_limits(o, &limits);
+    attend_set_limits(d->attend, &limits);
     tenants_apply(d); /* says in the log what it could not do */
     while (d->budget.used_bytes > d->budget.limit_bytes &&
            tenants_make_room(d, NULL, d->budget.used_bytes - d->budget.limit_bytes) > 0)
@@ -124,6 +141,18 @@ static unsigned job_threads(const struct options *o)
     long cpus = sysconf(_SC_NPROCESSORS_ONLN), n = o->job_threads ? (long)o->job_threads : cpus == 2 ? 2 : cpus - 1;
 
     return n < 1 ? 1 : n > 256 ? 256 : (unsigned)n;
+}
+
+static int make_attend(struct daemon *d)
+{
+    const struct options *o = &d->options;
+    struct attend_config c = {.ops = attn_ops_choose(&d->cpu), .codec = d->codec, .n_words = 4 * (uint32_t)o->attend_blocks};
+    cpu_set_t cpus;
+
+    c.n_cpus = sched_getaffinity(0, sizeof(cpus), &cpus) == 0 ? (unsigned)CPU_COUNT(&cpus) : (unsigned)sysconf(_SC_NPROCESSORS_ONLN);
+    c.n_threads = o->attend_threads ? (unsigned)o->attend_threads : c.n_cpus < 256 ? c.n_cpus : 256;
+    fill_attend_limits(o, &c.limits);
+    return attend_create(&c, &d->attend);
 }
 
 static int on_timer(sd_event_source *source, uint64_t usec, void *ctx)
@@ -174,6 +203,10 @@ static int make_parts(struct daemon *d, const char **ret_what)
     r = jobs_create(d->event, job_threads(o), &d->jobs);
     if (r < 0)
         return r;
+    *ret_what = "attention";
+    r = make_attend(d);
+    if (r < 0)
+        return r;
     *ret_what = NULL;
     return tenants_apply(d);
 }
@@ -220,6 +253,7 @@ struct daemon *daemon_destroy(struct daemon *d)
     sessions_destroy(d);
     walks_destroy(d);
     tenants_destroy(d);
+    d->attend = attend_destroy(d->attend);
     d->publishing = publishing_destroy(d->publishing);
     d->flights = flights_destroy(d->flights);
     wire_deinit(&d->wire);

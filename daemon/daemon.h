@@ -20,6 +20,7 @@
 #include "store/flight.h"
 #include "store/slab.h"
 
+struct attend;
 struct listener;
 struct publishing;
 struct session;
@@ -40,6 +41,7 @@ struct daemon {
     struct tenants *tenants;
     struct flights *flights;
     struct jobs *jobs;
+    struct attend *attend;
     struct publishing *publishing;
     struct listener *listener;
 

@@ -3,6 +3,8 @@ noinst_LTLIBRARIES += libkvddaemon.la
 libkvddaemon_la_SOURCES =
 libkvddaemon_la_SOURCES += \
 	daemon/admin.c daemon/admin.h daemon/admin_list.c daemon/admin_walks.c \
+	daemon/attend.c daemon/attend.h daemon/attend-internal.h daemon/attend_job.c daemon/attend_queue.c \
+	daemon/attend_request.c daemon/attend_take.c daemon/attend_work.c \
 	daemon/daemon.c daemon/daemon.h daemon/errors.h \
 	daemon/fault.c daemon/fault.h \
 	daemon/flight_requests.c daemon/flight_requests.h \
@@ -12,6 +14,7 @@ libkvddaemon_la_SOURCES += \
 	daemon/metrics.c daemon/metrics.def daemon/metrics.h \
 	daemon/options.c daemon/options.def daemon/options.h \
 	daemon/options_print.c daemon/options_print.h daemon/options_value.c daemon/options_value.h \
+	daemon/probes.h \
 	daemon/publish.c daemon/publish.h daemon/publish-internal.h daemon/publish_request.c \
 	daemon/reply.c daemon/reply.h daemon/request.c daemon/request.h \
 	daemon/session.c daemon/session.h \

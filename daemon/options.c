@@ -502,6 +502,8 @@ int options_read_flags(struct options *options, int argc, char **argv, const str
 
 int options_check(const struct options *o, struct option_error *ret_error)
 {
+    if (o->attend_ring & (o->attend_ring - 1))
+        return fail(ret_error, "attend_ring: %llu is not a power of two", (unsigned long long)o->attend_ring);
     if (o->hit_log & (o->hit_log - 1))
         return fail(ret_error, "hit_log: %llu is not a power of two", (unsigned long long)o->hit_log);
     if (o->slab_bytes % (2 << 20))

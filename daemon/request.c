@@ -44,6 +44,7 @@ static const struct kind kinds[] = {
     [FRAME_FLIGHT_BEGIN] = {"FLIGHT_BEGIN", &kvd__v1__flight_begin__descriptor, ACCESS_WORKER, 0, request_flight_begin},
     [FRAME_FLIGHT_WAIT] = {"FLIGHT_WAIT", &kvd__v1__flight_wait__descriptor, ACCESS_WORKER, 0, request_flight_wait},
     [FRAME_FLIGHT_END] = {"FLIGHT_END", &kvd__v1__flight_end__descriptor, ACCESS_WORKER, 0, request_flight_end},
+    [FRAME_ATTEND_ADD] = {"ATTEND_ADD", &kvd__v1__attend_add__descriptor, ACCESS_WORKER, 1, request_attend_add},
     [FRAME_STATS] = {"STATS", &kvd__v1__stats__descriptor, ACCESS_ADMIN, 0, request_stats},
     [FRAME_LIST] = {"LIST", &kvd__v1__list__descriptor, ACCESS_ADMIN, 0, request_list},
     [FRAME_SHOW] = {"SHOW", &kvd__v1__show__descriptor, ACCESS_ADMIN, 0, request_show},
@@ -97,12 +98,12 @@ static void dispatch(struct session *s, const struct frame_header *h, const uint
     const struct kind *kind = h->type < sizeof(kinds) / sizeof(kinds[0]) ? &kinds[h->type] : NULL;
 
     if (!kind || !kind->handle) {
-        request_malformed(s, h->request_id, "frame type is not known; allowed: 1 to 11 and 32 to 39");
+        request_malformed(s, h->request_id, "frame type is not known; allowed: 1 to 12 and 32 to 39");
         return;
     }
     if (n_fds != kind->n_fds) {
         request_malformed(s, h->request_id,
-                          kind->n_fds ? "STAGING_ADD came without its one descriptor" : "this frame type carries no descriptors");
+                          kind->n_fds ? "STAGING_ADD or ATTEND_ADD came without its one descriptor" : "this frame type carries no descriptors");
         return;
     }
     if (!allowed(s, kind, h->request_id))

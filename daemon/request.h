@@ -22,6 +22,7 @@ void request_space_close(struct session *s, const struct request *rq);
 void request_slab_get(struct session *s, const struct request *rq);
 void request_staging_add(struct session *s, const struct request *rq);
 void request_staging_drop(struct session *s, const struct request *rq);
+void request_attend_add(struct session *s, const struct request *rq);
 void request_publish(struct session *s, const struct request *rq);
 void request_flight_begin(struct session *s, const struct request *rq);
 void request_flight_wait(struct session *s, const struct request *rq);

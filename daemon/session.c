@@ -8,6 +8,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include "daemon/attend.h"
 #include "daemon/daemon.h"
 #include "daemon/flight_requests.h"
 #include "daemon/listener.h"
@@ -84,6 +85,7 @@ static void session_free(struct session *s)
 {
     struct daemon *d = s->daemon;
 
+    s->attend = attend_ring_close(s->attend);
     if (s->page.map) {
         struct shm_page_header *header = s->page.map;
 

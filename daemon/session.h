@@ -11,7 +11,7 @@
  *     READY    with memory: has tenant, page (in the tenant's cache) and what its requests made; admin_only: none of these
  *     CLOSING  on d->closing; no event source is on; nothing is sent any more; handlers on the stack may still look at it
  *
- * session_set_state() makes every move and keeps counts and lists in step. Freeing gives back, in this order: page and with it all
+ * session_set_state() makes every move and keeps counts and lists in step. Freeing gives back, in this order: rings, page and with it all
  * leases, flights and waits, publishes (they end by themselves, unanswered), walks, spaces, stagings, tenant.
  *
  * A session takes one frame a turn. While replies wait for the worker to read them, its requests wait too; so the queue holds
@@ -34,6 +34,7 @@
 #include "store/cache.h"
 #include "store/slab.h"
 
+struct attend_ring;
 struct daemon;
 struct publish;
 struct staging;
@@ -65,6 +66,9 @@ struct session {
     struct tenant *tenant;       /* referenced; NULL without memory */
     struct slab_memory page;     /* map NULL: none */
     struct cache_page cache_page;
+    void *rings;                 /* in the page: struct shm_rings, n_ring entries each */
+    uint32_t n_ring;
+    struct attend_ring *attend;  /* NULL: it has asked for none */
 
     struct session_space *spaces;
     uint32_t n_spaces;

@@ -15,7 +15,7 @@ static int refuse(const char *reason, const char **ret_reason)
     return -EINVAL;
 }
 
-static int check(int fd, uint64_t bytes, const char **ret_reason)
+int staging_check(int fd, uint64_t bytes, const char **ret_reason)
 {
     int seals = fcntl(fd, F_GET_SEALS);
     struct statfs fs;
@@ -37,7 +37,7 @@ static int check(int fd, uint64_t bytes, const char **ret_reason)
 
 int staging_create(int fd, uint64_t bytes, uint32_t id, uint64_t *total_bytes, struct staging **ret, const char **ret_reason)
 {
-    int r = check(fd, bytes, ret_reason);
+    int r = staging_check(fd, bytes, ret_reason);
     struct staging *s;
     void *map;
 

@@ -17,6 +17,9 @@ struct staging {
     uint64_t *total_bytes; /* the daemon's sum of all that is mapped */
 };
 
+/* Is fd a memfd of exactly bytes that cannot shrink? Errors: -EINVAL with ret_reason. */
+int staging_check(int fd, uint64_t bytes, const char **ret_reason);
+
 /* Maps fd (borrowed) of exactly bytes. Errors: -EINVAL with ret_reason (a constant sentence: what is wrong and what is allowed),
  * -ENOMEM, -errno of mmap (ret_reason is set too). */
 int staging_create(int fd, uint64_t bytes, uint32_t id, uint64_t *total_bytes, struct staging **ret, const char **ret_reason);

@@ -8,6 +8,7 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "daemon/attend.h"
 #include "daemon/daemon.h"
 
 enum { SLAB_UNIT = 2 << 20, SLABS_IN_BUDGET_MIN = 8 };
@@ -102,6 +103,7 @@ static int make_cache(struct daemon *d, struct tenant *t, const struct tenant_op
 static struct tenant *tenant_free(struct tenant *t)
 {
     if (t) {
+        attend_tenant_destroy(t->attend);
         cache_destroy(t->cache);
         if (t->index_fd >= 0)
             close(t->index_fd);

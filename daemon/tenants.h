@@ -15,6 +15,7 @@
 
 #include "store/cache.h"
 
+struct attend_tenant;
 struct daemon;
 struct tenant_options;
 
@@ -24,6 +25,7 @@ struct tenant {
     char *name, *domain;
     uint64_t index_entries, space_quota; /* as they were when the cache was made */
     struct cache *cache;
+    struct attend_tenant *attend; /* NULL: none of its workers has asked for attention */
     uint64_t weight;
     uint32_t *uids, *gids;     /* who is claimed; copied from the options */
     size_t n_uids, n_gids;

@@ -16,6 +16,7 @@
 #include "daemon/staging.h"
 #include "daemon/tenants.h"
 #include "proto/kvd.pb-c.h"
+#include "proto/ring.h"
 #include "proto/shm.h"
 
 enum { MESSAGES_VERSION = 1, GROUPS_MAX = 1024 };
@@ -79,13 +80,15 @@ static uint64_t attached_of(const struct daemon *d, uid_t uid)
     return n;
 }
 
-/* Lays the page out: header | leases | hit log, each at a cache line. */
+/* Lays the page out: header | leases | hit log | rings, each at a cache line. */
 static int make_page(struct session *s)
 {
     const struct options *o = &s->daemon->options;
     uint32_t n_leases = (uint32_t)o->leases, n_log = (uint32_t)o->hit_log;
     uint64_t log_off = (sizeof(struct shm_page_header) + n_leases * sizeof(uint64_t) + 63) / 64 * 64;
-    uint64_t bytes = (log_off + n_log * sizeof(uint64_t) + 4095) / 4096 * 4096;
+    uint32_t n_ring = (uint32_t)o->attend_ring;
+    uint64_t rings_off = (log_off + n_log * sizeof(uint64_t) + 63) / 64 * 64;
+    uint64_t bytes = (rings_off + ring_bytes(n_ring) + 4095) / 4096 * 4096;
     struct shm_page_header *h;
     int r = slab_memory_create("kvd-page", bytes, SLAB_HUGE_OFF, false, &s->page);
 
@@ -100,7 +103,11 @@ static int make_page(struct session *s)
     h->n_log = n_log;
     h->leases_off = sizeof(*h);
     h->log_off = log_off;
+    h->rings_off = rings_off;
+    h->n_ring = n_ring;
     h->total_bytes = s->page.bytes;
+    s->rings = (char *)s->page.map + rings_off;
+    s->n_ring = n_ring;
     s->cache_page = (struct cache_page){
         .header = h,
         .leases = (const _Atomic uint64_t *)((const char *)s->page.map + sizeof(*h)),
