@@ -10,6 +10,7 @@ libkvdclient_la_SOURCES = \
 	client/libkvd/kvd_attend_check.c client/libkvd/kvd_attend_impl.h \
 	client/libkvd/kvd_attend_cost.c client/libkvd/kvd_attend_cost.h \
 	client/libkvd/kvd_attend_job.c client/libkvd/kvd_attend_job.h \
+	client/libkvd/kvd_attend_ring.c client/libkvd/kvd_attend_ring.h \
 	client/libkvd/kvd_attending.c \
 	client/libkvd/kvd_codec.c \
 	client/libkvd/kvd_error.c client/libkvd/kvd_error.h \

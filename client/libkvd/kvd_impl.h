@@ -4,6 +4,9 @@
  *   session.attach_lock   one thread attaches again, opens spaces in the new life
  *   session.list_lock     lists of spaces and prefixes
  *   staging.lock          pool of staging chunks (never held over a request)
+ *   life.ring_lock        making the ring of attention
+ *   ring.grow_lock        more memory for it (held over a request)
+ *   ring.lock             its slots, submissions, completions
  *   life.slab_lock        mapping slabs
  *   mux.lock              pending calls */
 #ifndef KVD_IMPL_H

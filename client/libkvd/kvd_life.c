@@ -11,6 +11,7 @@
 #include <sys/un.h>
 #include <unistd.h>
 
+#include "kvd_attend_ring.h"
 #include "kvd_error.h"
 #include "proto/kvd.pb-c.h"
 
@@ -79,6 +80,14 @@ static int check_page(struct life *life)
         p->log_off < p->header_bytes || p->log_off > bytes || (uint64_t)p->n_log * 8 > bytes - p->log_off ||
         p->n_log == 0 || (p->n_log & (p->n_log - 1)) != 0)
         return error_set(life->cookie, KVD_E_PROTOCOL, "the worker's page does not fit its own sizes");
+    life->rings = NULL;
+    if (p->rings_off != 0) { /* daemons before it had zeros there */
+        if (p->rings_off % 64 != 0 || p->rings_off < p->header_bytes || p->rings_off > bytes || p->n_ring < SHM_RING_MIN ||
+            p->n_ring > SHM_RING_MAX || (p->n_ring & (p->n_ring - 1)) != 0 || ring_bytes(p->n_ring) > bytes - p->rings_off)
+            return error_set(life->cookie, KVD_E_PROTOCOL, "the worker's page does not fit its own rings");
+        life->rings = (char *)life->page + p->rings_off;
+        life->n_ring = p->n_ring;
+    }
     life->leases = (_Atomic uint64_t *)(void *)((char *)life->page + p->leases_off);
     life->log = (_Atomic uint64_t *)(void *)((char *)life->page + p->log_off);
     life->log_mask = p->n_log - 1;
@@ -151,6 +160,8 @@ static void unmap_slabs(struct life *life)
 
 static void unmap_all(struct life *life)
 {
+    attend_ring_free(atomic_load(&life->ring));
+    atomic_store(&life->ring, NULL);
     unmap_slabs(life);
     lease_stack_deinit(&life->free_leases);
     if (life->index_map)
@@ -192,6 +203,7 @@ int life_start(struct life *life, const struct life_options *o, uint32_t serial)
     if (r != 0)
         goto fail_map;
     pthread_mutex_init(&life->slab_lock, NULL);
+    pthread_mutex_init(&life->ring_lock, NULL);
     atomic_store_explicit(&life->refs, 1, memory_order_release); /* from here other threads may take it */
     return 0;
 fail_map:
@@ -232,6 +244,7 @@ void life_abandon(struct life *life)
     unmap_all(life);
     mux_deinit(&life->mux);
     pthread_mutex_destroy(&life->slab_lock);
+    pthread_mutex_destroy(&life->ring_lock);
     atomic_store_explicit(&life->torn, true, memory_order_release);
 }
 

@@ -29,6 +29,8 @@
 #define LIFE_SLAB_DIRS     256u
 #define LIFE_SLABS_PER_DIR 256u
 
+struct attend_ring;
+
 struct life_slab {
     _Atomic uint32_t seq;
     _Atomic uint32_t retired_seen;
@@ -65,6 +67,11 @@ struct life {
     uint32_t log_mask;
     _Atomic uint64_t log_taken; /* words of the log given to writers */
     struct lease_stack free_leases;
+
+    void *rings; /* struct shm_rings in the page; NULL: this daemon has none */
+    uint32_t n_ring;
+    pthread_mutex_t ring_lock;          /* making the next */
+    _Atomic(struct attend_ring *) ring; /* NULL: not asked for yet */
 
     pthread_mutex_t slab_lock;
     _Atomic(struct life_slab *) slab_dirs[LIFE_SLAB_DIRS];
