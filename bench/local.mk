@@ -36,6 +36,10 @@ BENCHES += bench/bench_load
 bench_bench_load_SOURCES = bench/bench_load.c bench/kv_bed.c bench/kv_bed.h bench/bench.h
 bench_bench_load_LDADD = $(KVD_TEST_LIBS)
 
+BENCHES += bench/bench_attend_form
+bench_bench_attend_form_SOURCES = bench/bench_attend_form.c bench/kv_bed.c bench/kv_bed.h bench/bench.h
+bench_bench_attend_form_LDADD = $(KVD_TEST_LIBS)
+
 BENCHES += bench/bench_attach
 bench_bench_attach_SOURCES = bench/bench_attach.c bench/bench.h
 bench_bench_attach_LDADD = $(KVD_TEST_LIBS)
