@@ -15,6 +15,7 @@ libkvddaemon_la_SOURCES += \
 	daemon/options.c daemon/options.def daemon/options.h \
 	daemon/options_print.c daemon/options_print.h daemon/options_value.c daemon/options_value.h \
 	daemon/probes.h \
+	daemon/peer.c daemon/peer.h \
 	daemon/publish.c daemon/publish.h daemon/publish-internal.h daemon/publish_request.c \
 	daemon/reply.c daemon/reply.h daemon/request.c daemon/request.h \
 	daemon/session.c daemon/session.h \

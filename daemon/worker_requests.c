@@ -11,6 +11,7 @@
 #include <unistd.h>
 
 #include "daemon/daemon.h"
+#include "daemon/peer.h"
 #include "daemon/request.h"
 #include "daemon/session.h"
 #include "daemon/staging.h"
@@ -19,44 +20,9 @@
 #include "proto/ring.h"
 #include "proto/shm.h"
 
-enum { MESSAGES_VERSION = 1, GROUPS_MAX = 1024 };
+enum { MESSAGES_VERSION = 1 };
 
 /* ---- HELLO ---- */
-
-struct peer {
-    gid_t gids[GROUPS_MAX + 1];
-    size_t n_gids;
-};
-
-/* The primary group, and the supplementary ones as they were at connect(). */
-static void peer_groups(const struct session *s, struct peer *ret)
-{
-    socklen_t bytes = GROUPS_MAX * sizeof(gid_t);
-    struct ucred cred;
-    socklen_t len = sizeof(cred);
-
-    ret->n_gids = 0;
-    if (getsockopt(s->fd, SOL_SOCKET, SO_PEERCRED, &cred, &len) == 0)
-        ret->gids[ret->n_gids++] = cred.gid;
-    if (getsockopt(s->fd, SOL_SOCKET, SO_PEERGROUPS, ret->gids + ret->n_gids, &bytes) == 0)
-        ret->n_gids += bytes / sizeof(gid_t);
-}
-
-static bool is_admin(const struct session *s, const struct peer *peer)
-{
-    const struct options *o = &s->daemon->options;
-
-    if (s->uid == 0 || s->uid == geteuid())
-        return true;
-    for (size_t i = 0; i < o->admin_uids.n; i++)
-        if (o->admin_uids.ids[i] == s->uid)
-            return true;
-    for (size_t i = 0; i < o->admin_gids.n; i++)
-        for (size_t k = 0; k < peer->n_gids; k++)
-            if (o->admin_gids.ids[i] == peer->gids[k])
-                return true;
-    return false;
-}
 
 __attribute__((format(printf, 5, 6))) static void refuse(struct session *s, const struct request *rq, enum error_code code,
                                                          const char *allowed, const char *format, ...)
@@ -191,8 +157,8 @@ void request_hello(struct session *s, const struct request *rq)
     struct peer peer;
     int fds[2], r;
 
-    peer_groups(s, &peer);
-    s->admin = is_admin(s, &peer);
+    peer_read(s->fd, s->uid, &peer);
+    s->admin = peer_is_admin(&peer, &d->options);
     t = tenants_match(d->tenants, s->uid, peer.gids, peer.n_gids);
     if (!hello_allowed(s, rq, m, t))
         return;
