@@ -161,8 +161,10 @@ static bool may_retire(const struct cache *c, uint32_t e, struct cache_evicted *
     if (e >= c->config.n_entries || c->meta[e].state != ENTRY_VALID)
         return false;
     m = &c->meta[e];
-    if (m->n_pins || m->n_holds)
+    if (m->n_pins)
         ret->kept_pinned++;
+    else if (m->n_holds)
+        ret->kept_leased++;
     else if (m->n_children)
         ret->kept_parents++;
     else

@@ -129,7 +129,7 @@ bool cache_entry_info(const struct cache *c, uint32_t e, struct cache_entry_info
 {
     if (!cache_entry_brief(c, e, ret))
         return false;
-    ret->n_leases = count_leases(c, e);
+    ret->n_leases = count_leases(c, e) + c->meta[e].n_holds;
     return true;
 }
 
@@ -165,6 +165,13 @@ void cache_unhold(struct cache *c, uint32_t e)
         cache_reap_zombies(c);
     else
         cache_settle(c, e);
+}
+
+void cache_use(struct cache *c, uint32_t e)
+{
+    assert(c->meta[e].state == ENTRY_VALID);
+    c->meta[e].last_use_ds = cache_now_ds(c);
+    c->config.policy->hit(c->policy, e);
 }
 
 void cache_stats(const struct cache *c, struct cache_stats *ret)

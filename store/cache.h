@@ -165,7 +165,7 @@ struct cache_entry_info {
     uint64_t bytes;
     uint32_t crc32c;
     uint32_t n_children;
-    uint32_t n_leases;         /* words that hold it now, in all pages */
+    uint32_t n_leases;         /* words that hold it now, in all pages, and holds */
     uint32_t n_pins;
     uint64_t idle_usec;
     uint64_t age_usec;
@@ -192,9 +192,12 @@ uint64_t cache_shrink(struct cache *cache, uint64_t target_bytes);
 
 /* Pins or unpins an entry and those before it in its chain. Counts what changed. */
 void cache_pin(struct cache *cache, uint32_t entry, bool unpin, uint64_t *ret_blocks, uint64_t *ret_bytes);
-/* A hold: for jobs that read a payload (verify). While held the entry stays. */
+/* A hold: for jobs that read a payload, and for workers whose leases the daemon keeps for them. While held the entry stays, and so
+ * does its payload where it is. False: not VALID, or held by 65,535 already. */
 bool cache_hold(struct cache *cache, uint32_t entry);
 void cache_unhold(struct cache *cache, uint32_t entry);
+/* A VALID entry was used: what the hit log says for those that have a page. */
+void cache_use(struct cache *cache, uint32_t entry);
 /* Drops a block found bad; children go with it. Leased ones become invisible at once and are freed when released. */
 void cache_drop_corrupt(struct cache *cache, uint32_t entry);
 
