@@ -152,6 +152,11 @@ void reply(struct session *s, uint16_t type, uint32_t id, const ProtobufCMessage
 
     if (s->state == SESSION_CLOSING)
         return;
+    if (s->link) {
+        assert(n_fds == 0);
+        s->link->reply(s, type, id, message);
+        return;
+    }
     if (n_fds && too_many_fds(s, n_fds)) {
         reply_error(s, id, ERROR_LIMIT, "read the replies that came before", "%u descriptors wait in the socket to be read",
                     s->unread_fds);
@@ -180,6 +185,12 @@ void reply_error(struct session *s, uint32_t id, enum error_code code, const cha
     va_start(ap, format);
     vsnprintf(reason, sizeof(reason), format, ap);
     va_end(ap);
+    if (s->link) {
+        s->daemon->metrics.errors_replied++;
+        if (s->state != SESSION_CLOSING)
+            s->link->reply_error(s, id, code, reason, allowed ? allowed : "");
+        return;
+    }
     e.code = code;
     e.reason = reason;
     e.allowed = (char *)(allowed ? allowed : "");

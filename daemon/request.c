@@ -119,6 +119,14 @@ static void dispatch(struct session *s, const struct frame_header *h, const uint
     kind->handle(s, &rq);
 }
 
+void request_handle(struct session *s, uint16_t type, uint32_t id, const void *message)
+{
+    struct request rq = {.type = type, .id = id, .message = message};
+
+    if (allowed(s, &kinds[type], id))
+        kinds[type].handle(s, &rq);
+}
+
 void request_take(struct session *s, const uint8_t *packet, size_t n, int *fds, size_t n_fds)
 {
     struct frame_header h;

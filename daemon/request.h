@@ -12,6 +12,8 @@ struct session;
 
 /* Handles one packet of n bytes; the descriptors are closed unless a handler keeps them. */
 void request_take(struct session *s, const uint8_t *packet, size_t n, int *fds, size_t n_fds);
+/* The same from where messages come without frames: type is a known one that carries no descriptors, message its unpacked message. */
+void request_handle(struct session *s, uint16_t type, uint32_t id, const void *message);
 /* Answers a frame that cannot be understood, counts it, and ends the session after too many. id 0: the frame's is not known. */
 void request_malformed(struct session *s, uint32_t id, const char *reason);
 

@@ -85,6 +85,8 @@ static void session_free(struct session *s)
 {
     struct daemon *d = s->daemon;
 
+    if (s->link)
+        s->link->gone(s);
     s->attend = attend_ring_close(s->attend);
     if (s->page.map) {
         struct shm_page_header *header = s->page.map;
@@ -244,6 +246,16 @@ static int on_io(sd_event_source *source, int fd, uint32_t events, void *ctx)
     return 0;
 }
 
+/* Another link's connection: nothing is read here, and whatever happens is its end. */
+static int on_link_end(sd_event_source *source, int fd, uint32_t events, void *ctx)
+{
+    (void)source;
+    (void)fd;
+    (void)events;
+    session_close(ctx, NULL);
+    return 0;
+}
+
 static int on_process_end(sd_event_source *source, int fd, uint32_t events, void *ctx)
 {
     (void)source;
@@ -313,7 +325,7 @@ static bool too_many(const struct daemon *d, uid_t uid)
 static int watch(struct session *s)
 {
     sd_event *e = s->daemon->event;
-    int r = sd_event_add_io(e, &s->io, s->fd, EPOLLIN, on_io, s);
+    int r = sd_event_add_io(e, &s->io, s->fd, s->link ? EPOLLRDHUP : EPOLLIN, s->link ? on_link_end : on_io, s);
 
     if (r < 0)
         return r;
@@ -326,7 +338,7 @@ static int watch(struct session *s)
     return r;
 }
 
-void session_accept(struct daemon *d, int fd)
+static struct session *session_open(struct daemon *d, int fd, const struct session_link *link, void *ctx)
 {
     struct ucred cred;
     socklen_t len = sizeof(cred);
@@ -337,15 +349,15 @@ void session_accept(struct daemon *d, int fd)
         d->metrics.sessions_refused++;
         log_write(&d->log, LOG_WARNING, "a connection is refused: sessions_max or sessions_per_uid is reached by far");
         close(fd);
-        return;
+        return NULL;
     }
     s = calloc(1, sizeof(*s));
     if (!s) {
         close(fd);
-        return;
+        return NULL;
     }
     *s = (struct session){.daemon = d, .fd = fd, .pidfd = open_pidfd(fd, cred.pid), .pid = cred.pid, .uid = cred.uid,
-                          .born_usec = daemon_now_usec(), .next = d->sessions, .page.fd = -1};
+                          .link = link, .link_ctx = ctx, .born_usec = daemon_now_usec(), .next = d->sessions, .page.fd = -1};
     s->out_last = &s->out_first;
     if (d->sessions)
         d->sessions->prev = s;
@@ -355,8 +367,22 @@ void session_accept(struct daemon *d, int fd)
     if (r < 0) {
         log_write(&d->log, LOG_WARNING, "a connection cannot be watched: %s", strerror(-r));
         d->metrics.sessions_refused++;
+        s->link = NULL; /* knows nothing of it yet */
         session_free(s);
-        return;
+        return NULL;
     }
-    daemon_wake_at(d, s->born_usec + d->options.hello_timeout);
+    return s;
+}
+
+void session_accept(struct daemon *d, int fd)
+{
+    struct session *s = session_open(d, fd, NULL, NULL);
+
+    if (s)
+        daemon_wake_at(d, s->born_usec + d->options.hello_timeout);
+}
+
+struct session *session_accept_link(struct daemon *d, int fd, const struct session_link *link, void *ctx)
+{
+    return session_open(d, fd, link, ctx);
 }

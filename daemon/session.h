@@ -36,6 +36,7 @@
 
 struct attend_ring;
 struct daemon;
+struct session;
 struct publish;
 struct staging;
 struct tenant;
@@ -44,6 +45,13 @@ struct walk;
 
 enum session_state { SESSION_NEW, SESSION_READY, SESSION_CLOSING };
 enum { SESSION_NAME_MAX = 63, SESSION_UNREAD_FDS_MAX = 16 };
+
+/* How a session is answered that is not on the attach socket; no descriptors go that way. */
+struct session_link {
+    void (*reply)(struct session *s, uint16_t type, uint32_t id, const ProtobufCMessage *message); /* NULL: empty */
+    void (*reply_error)(struct session *s, uint32_t id, enum error_code code, const char *reason, const char *allowed);
+    void (*gone)(struct session *s); /* first of all when it is freed */
+};
 
 struct session_space {
     struct space *space;
@@ -59,6 +67,8 @@ struct session {
     pid_t pid;
     uid_t uid;
     sd_event_source *io, *process;
+    const struct session_link *link; /* NULL: the attach socket */
+    void *link_ctx;
 
     uint64_t worker;             /* 0 until READY */
     char name[SESSION_NAME_MAX + 1];
@@ -108,6 +118,10 @@ struct request {
 
 /* Takes a connection (fd is the session's from now on, or closed). */
 void session_accept(struct daemon *d, int fd);
+/* The same for another link: fd is only watched for its end. NULL: it was refused, and fd is closed. */
+struct session *session_accept_link(struct daemon *d, int fd, const struct session_link *link, void *ctx);
+/* Attached sessions of one user. */
+uint64_t sessions_attached(const struct daemon *d, uid_t uid);
 /* Ends it; why is a constant sentence for the log, NULL: nothing to tell. May be called any number of times. */
 void session_close(struct session *s, const char *why);
 /* The READY move: counts and number. */

@@ -60,6 +60,26 @@ int staging_create(int fd, uint64_t bytes, uint32_t id, uint64_t *total_bytes, s
     return 0;
 }
 
+int staging_create_own(uint64_t bytes, uint32_t id, uint64_t *total_bytes, struct staging **ret, uint8_t **ret_data)
+{
+    uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE), size = (bytes / page + 1) * page;
+    struct staging *s = malloc(sizeof(*s));
+    void *map;
+
+    if (!s)
+        return -ENOMEM;
+    map = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (map == MAP_FAILED) {
+        free(s);
+        return -ENOMEM;
+    }
+    *s = (struct staging){.id = id, .n_refs = 1, .map = map, .bytes = size, .total_bytes = total_bytes};
+    *total_bytes += size;
+    *ret = s;
+    *ret_data = map;
+    return 0;
+}
+
 struct staging *staging_ref(struct staging *s)
 {
     s->n_refs++;

@@ -23,6 +23,9 @@ int staging_check(int fd, uint64_t bytes, const char **ret_reason);
 /* Maps fd (borrowed) of exactly bytes. Errors: -EINVAL with ret_reason (a constant sentence: what is wrong and what is allowed),
  * -ENOMEM, -errno of mmap (ret_reason is set too). */
 int staging_create(int fd, uint64_t bytes, uint32_t id, uint64_t *total_bytes, struct staging **ret, const char **ret_reason);
+/* The daemon's own memory in place of a worker's, for data that comes in messages: zeroed, at least bytes, and *ret_data is where to
+ * write. -ENOMEM. */
+int staging_create_own(uint64_t bytes, uint32_t id, uint64_t *total_bytes, struct staging **ret, uint8_t **ret_data);
 struct staging *staging_ref(struct staging *staging);
 struct staging *staging_unref(struct staging *staging);
 

@@ -37,7 +37,7 @@ __attribute__((format(printf, 5, 6))) static void refuse(struct session *s, cons
     session_close(s, NULL);
 }
 
-static uint64_t attached_of(const struct daemon *d, uid_t uid)
+uint64_t sessions_attached(const struct daemon *d, uid_t uid)
 {
     uint64_t n = 0;
 
@@ -140,7 +140,7 @@ static bool hello_allowed(struct session *s, const struct request *rq, const Kvd
     else if (d->n_attached >= d->options.sessions_max)
         refuse(s, rq, ERROR_LIMIT, "fewer workers, or a greater sessions_max", "all %" PRIu64 " sessions are taken",
                d->options.sessions_max);
-    else if (attached_of(d, s->uid) >= d->options.sessions_per_uid)
+    else if (sessions_attached(d, s->uid) >= d->options.sessions_per_uid)
         refuse(s, rq, ERROR_LIMIT, "fewer workers, or a greater sessions_per_uid", "all %" PRIu64 " sessions of uid %u are taken",
                d->options.sessions_per_uid, s->uid);
     else
