@@ -5,6 +5,7 @@
 
 #include "daemon/daemon.h"
 #include "daemon/request.h"
+#include "daemon/rpc.h"
 #include "daemon/session.h"
 #include "daemon/tenants.h"
 #include "proto/kvd.pb-c.h"
@@ -199,5 +200,6 @@ void request_drain(struct session *s, const struct request *rq)
     log_write(&d->log, LOG_INFO, "uid %u: %s", s->uid, m->undo ? "takes new workers and blocks again" : "takes no new workers and blocks");
     d->status_usec = 0;
     daemon_status(d);
+    rpc_apply(d->rpc);
     reply(s, rq->type, rq->id, NULL, NULL, 0);
 }

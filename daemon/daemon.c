@@ -14,6 +14,7 @@
 #include "daemon/flight_requests.h"
 #include "daemon/listener.h"
 #include "daemon/publish.h"
+#include "daemon/rpc.h"
 #include "daemon/session.h"
 #include "daemon/tenants.h"
 #include "daemon/walk.h"
@@ -67,6 +68,7 @@ void daemon_measure(struct daemon *d)
     m->publishing_blocks = publishing_blocks(d->publishing);
     m->jobs_waiting = jobs_waiting(d->jobs);
     flights_count(d->flights, &m->flights, &m->flight_waiters);
+    rpc_measure(d->rpc);
     m->draining = d->draining;
     attend_measure(d->attend, m);
 }
@@ -124,6 +126,7 @@ void daemon_apply_options(struct daemon *d)
     d->budget.numa_interleave = o->numa != 0;
     fill_attend_limits(o, &limits);
     attend_set_limits(d->attend, &limits);
+    rpc_apply(d->rpc);
     tenants_apply(d); /* says in the log what it could not do */
     while (d->budget.used_bytes > d->budget.limit_bytes &&
            tenants_make_room(d, NULL, d->budget.used_bytes - d->budget.limit_bytes) > 0)
@@ -249,8 +252,10 @@ struct daemon *daemon_destroy(struct daemon *d)
     if (!d)
         return NULL;
     d->listener = listener_destroy(d->listener);
+    rpc_no_jobs(d->rpc);
     d->jobs = jobs_destroy(d->jobs); /* concludes what is being published: sessions can still be answered */
     sessions_destroy(d);
+    d->rpc = rpc_destroy(d->rpc);
     walks_destroy(d);
     tenants_destroy(d);
     d->attend = attend_destroy(d->attend);

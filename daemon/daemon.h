@@ -23,6 +23,7 @@
 struct attend;
 struct listener;
 struct publishing;
+struct rpc;
 struct session;
 struct tenants;
 struct walk;
@@ -44,6 +45,7 @@ struct daemon {
     struct attend *attend;
     struct publishing *publishing;
     struct listener *listener;
+    struct rpc *rpc;               /* NULL: no gRPC socket */
 
     struct session *sessions;      /* all, newest first */
     struct session *closing;       /* those that the reaper will free */

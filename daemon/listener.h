@@ -1,4 +1,4 @@
-/* The attach socket: passed by the service manager, or made here.
+/* The attach socket, and the gRPC socket if there is one: passed by the service manager, or made here. With the latter d->rpc begins.
  *
  * One that is made here is guarded by PATH.lock: who holds the lock owns the path, a socket file without an owner is left over
  * from a daemon that died and is replaced. Loop thread only. */
@@ -12,9 +12,9 @@ struct listener;
 
 /* Listens; every failure is logged with what to do. -errno. */
 int listener_create(struct daemon *d, struct listener **ret);
-/* Where it listens, for people. */
+/* Where the attach socket is, for people. */
 const char *listener_path(const struct listener *listener);
-/* Takes its own socket file away. NULL allowed; returns NULL. */
+/* Takes its own socket files away. NULL allowed; returns NULL. */
 struct listener *listener_destroy(struct listener *listener);
 /* After a pause for want of descriptors: takes connections again. NULL allowed. */
 void listener_resume(struct listener *listener);

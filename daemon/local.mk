@@ -16,14 +16,22 @@ libkvddaemon_la_SOURCES += \
 	daemon/options_print.c daemon/options_print.h daemon/options_value.c daemon/options_value.h \
 	daemon/probes.h \
 	daemon/peer.c daemon/peer.h \
+	daemon/prefix.c daemon/prefix.h \
 	daemon/publish.c daemon/publish.h daemon/publish-internal.h daemon/publish_request.c \
 	daemon/reply.c daemon/reply.h daemon/request.c daemon/request.h \
+	daemon/rpc.h \
 	daemon/session.c daemon/session.h \
 	daemon/staging.c daemon/staging.h \
 	daemon/tenants.c daemon/tenants.h \
 	daemon/walk.c daemon/walk.h \
 	daemon/wire.c daemon/wire.h \
 	daemon/worker_requests.c
+
+if GRPC
+libkvddaemon_la_SOURCES += \
+	daemon/rpc.c daemon/rpc-internal.h daemon/rpc_arena.c daemon/rpc_arena.h daemon/rpc_attend.c daemon/rpc_cache.c daemon/rpc_call.c \
+	daemon/rpc_health.c daemon/rpc_load.c daemon/rpc_loop.c daemon/rpc_methods.c daemon/rpc_publish.c daemon/rpc_reflect.c
+endif
 
 bin_PROGRAMS += kvd
 kvd_SOURCES = daemon/main.c

@@ -14,6 +14,7 @@
 #include <ini.h>
 
 #include "daemon/options_value.h"
+#include "daemon/rpc.h"
 
 #define ROW(type, f, k, u, lo, hi, def, is_live, h)                                                                    \
     {.name = #f, .kind = OPTION_##k, .unit = u, .minimum = lo, .maximum = hi, .default_text = def, .live = is_live,    \
@@ -513,6 +514,11 @@ int options_check(const struct options *o, struct option_error *ret_error)
                                "fall in this order",
                     (unsigned long long)o->publish_blocks, (unsigned long long)o->publish_worker_blocks,
                     (unsigned long long)o->publish_total_blocks);
+    if (o->grpc_memory / 4 < o->grpc_message_bytes)
+        return fail(ret_error, "grpc_memory: %llu is less than 4 times grpc_message_bytes (%llu)", (unsigned long long)o->grpc_memory,
+                    (unsigned long long)o->grpc_message_bytes);
+    if (*o->grpc_socket && !rpc_built())
+        return fail(ret_error, "grpc_socket: this kvd was built without gRPC; allowed: nothing");
     if (!is_tenant_name(o->default_tenant))
         return fail(ret_error, "default_tenant: \"%s\" is not a tenant's name; allowed: 1 to %d of a-z A-Z 0-9 _ . -, \"none\" among them",
                     o->default_tenant, TENANT_NAME_MAX);

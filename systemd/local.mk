@@ -1,9 +1,13 @@
 # Units and what they need. The paths in them come from configure; docs/operations.md says how to adapt them.
 systemdsystemunit_DATA = systemd/kvd.service systemd/kvd.socket
 
-EXTRA_DIST += systemd/kvd.service.in systemd/kvd.socket.in systemd/kvd.sysusers systemd/kvd.tmpfiles \
+if GRPC
+systemdsystemunit_DATA += systemd/kvd-grpc.socket
+endif
+
+EXTRA_DIST += systemd/kvd.service.in systemd/kvd.socket.in systemd/kvd-grpc.socket.in systemd/kvd.sysusers systemd/kvd.tmpfiles \
 	systemd/kvd.conf
-CLEANFILES += systemd/kvd.service systemd/kvd.socket
+CLEANFILES += systemd/kvd.service systemd/kvd.socket systemd/kvd-grpc.socket
 
 UNIT_EDIT = $(MKDIR_P) systemd && \
 	$(SED) -e 's|@bindir[@]|$(bindir)|g' -e 's|@sysconfdir[@]|$(sysconfdir)|g'
@@ -12,6 +16,8 @@ systemd/kvd.service: systemd/kvd.service.in Makefile
 	$(AM_V_GEN)$(UNIT_EDIT) $(srcdir)/systemd/kvd.service.in > $@.tmp && mv $@.tmp $@
 systemd/kvd.socket: systemd/kvd.socket.in Makefile
 	$(AM_V_GEN)$(UNIT_EDIT) $(srcdir)/systemd/kvd.socket.in > $@.tmp && mv $@.tmp $@
+systemd/kvd-grpc.socket: systemd/kvd-grpc.socket.in Makefile
+	$(AM_V_GEN)$(UNIT_EDIT) $(srcdir)/systemd/kvd-grpc.socket.in > $@.tmp && mv $@.tmp $@
 
 # All three are called kvd.conf where they go, so they are renamed on the way. An administrator's configuration is kept.
 install-data-local: install-confs
