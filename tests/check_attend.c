@@ -477,8 +477,12 @@ START_TEST(misuse_is_refused)
     ck_assert_int_eq(kvd_attend(bed.prefix, NULL, KVD_ATTEND_LOCAL), KVD_E_ARG);
     ck_assert_int_eq(kvd_attend(bed.prefix, &good.a, (enum kvd_attend_form)17), KVD_E_ARG);
     ck_assert_int_eq(kvd_attend(bed.prefix, &good.a, KVD_ATTEND_LOAD), KVD_E_ARG);
-    good.a.scale = 3e38f; /* finite, and no score is */
-    ck_assert_int_eq(kvd_attend(bed.prefix, &good.a, KVD_ATTEND_LOCAL), KVD_E_VALUE);
+    good.a.scale = 3e38f; /* finite, and a score need not be: numbers or an error, and never a NaN */
+    if (kvd_attend(bed.prefix, &good.a, KVD_ATTEND_LOCAL) == KVD_OK)
+        for (uint32_t h = 0; h < good.a.n_heads; h++)
+            ck_assert(!isnan(good.lse[h]) && !isnan(at_o(&good, 0, h)[0]));
+    else
+        ck_assert_ptr_nonnull(strstr(kvd_message(bed.k), "have no result within fp32"));
     good.a.scale = 0.1f;
     attend(&good, "after all that");
     at_call_deinit(&good);
@@ -763,6 +767,79 @@ START_TEST(environment_decides)
 }
 END_TEST
 
+/* The daemon counts a moment after it has answered. */
+static void await_done_by_daemon(uint64_t n)
+{
+    while (harness_stat(&bed.h, "kvd_attend_done_total", NULL) < n)
+        test_sleep_usec(1000);
+}
+
+/* Whatever is chosen, and whenever: the same result. */
+START_TEST(any_form)
+{
+    static const enum kvd_attend_form forms[] = {KVD_ATTEND_AUTO, KVD_ATTEND_LOCAL, KVD_ATTEND_DAEMON};
+    struct at_call c;
+    uint64_t n = 0;
+
+    at_setup_space(&bed, &shapes[_i], BLOCKS);
+    for (int round = 0; round < 12; round++) {
+        enum kvd_attend_form form = forms[below(3)];
+        int r;
+
+        at_call_init(&c, &bed, 1 + below(2), KVD_F16);
+        n += form == KVD_ATTEND_DAEMON;
+        r = kvd_attend(bed.prefix, &c.a, form);
+        ck_assert_msg(r == KVD_OK, "form %d: %s", form, kvd_message(bed.k));
+        at_compare(&bed, &c, bed.shape.bound, "in any form");
+        c.a.layer = AT_LAYERS;
+        ck_assert_int_eq(kvd_attend(bed.prefix, &c.a, form), KVD_E_ARG);
+        at_call_deinit(&c);
+    }
+    await_done_by_daemon(n);
+    at_teardown_space(&bed);
+}
+END_TEST
+
+/* A session that is told to ask the daemon, and a daemon that cannot be asked. */
+START_TEST(automatic_falls_back)
+{
+    struct kvd_attend_costs costs = {.size = sizeof(costs)};
+    uint64_t ticket[1024];
+    struct at_call c, other;
+    size_t n_tickets = 0;
+
+    kvd_detach(bed.k);
+    setenv("KVD_ATTEND_FORM", "daemon", 1);
+    at_attach(&bed, &bed.k);
+    unsetenv("KVD_ATTEND_FORM");
+    at_setup_space(&bed, &shapes[0], BLOCKS);
+    at_call_init(&c, &bed, 1, KVD_F16);
+    at_call_init(&other, &bed, 1, KVD_F16);
+    ck_assert_int_eq(kvd_attend(bed.prefix, &c.a, KVD_ATTEND_AUTO), KVD_OK);
+    await_done_by_daemon(1);
+    ck_assert_int_eq(kvd_attend_choose(bed.prefix, &c.a, 1, &costs), KVD_OK);
+    ck_assert_int_eq(costs.form, KVD_ATTEND_DAEMON);
+    /* All places are taken by what nobody collects. */
+    while (kvd_attend_submit(bed.prefix, &other.a, 0, &ticket[n_tickets]) == KVD_OK)
+        ck_assert_uint_lt(++n_tickets, 1024);
+    ck_assert_int_eq(kvd_attend(bed.prefix, &c.a, KVD_ATTEND_DAEMON), KVD_E_LIMIT);
+    memset(c.o_memory, 0, 512);
+    ck_assert_int_eq(kvd_attend(bed.prefix, &c.a, KVD_ATTEND_AUTO), KVD_OK);
+    at_compare(&bed, &c, bed.shape.bound, "with a full queue");
+    for (size_t i = 0; i < n_tickets; i++)
+        ck_assert_int_eq(kvd_attend_collect(bed.prefix, ticket[i], -1), KVD_OK);
+    at_compare(&bed, &other, bed.shape.bound, "what was collected");
+    harness_kill(&bed.h);
+    ck_assert_int_eq(kvd_attend(bed.prefix, &c.a, KVD_ATTEND_DAEMON), KVD_E_GONE);
+    memset(c.o_memory, 0, 512);
+    ck_assert_int_eq(kvd_attend(bed.prefix, &c.a, KVD_ATTEND_AUTO), KVD_OK);
+    at_compare(&bed, &c, bed.shape.bound, "without a daemon");
+    at_call_deinit(&c);
+    at_call_deinit(&other);
+    at_teardown_space(&bed);
+}
+END_TEST
+
 static void setup(void)
 {
     at_setup(&bed, "check_attend", NULL);
@@ -818,6 +895,8 @@ int main(void)
     tc = add_case(suite, "choice", setup);
     tcase_add_loop_test(tc, costs_are_numbers, 0, N_SHAPES);
     tcase_add_test(tc, environment_decides);
+    tcase_add_loop_test(tc, any_form, 0, N_SHAPES);
+    tcase_add_test(tc, automatic_falls_back);
     runner = srunner_create(suite);
     srunner_run_all(runner, CK_NORMAL);
     n_failed = srunner_ntests_failed(runner);

@@ -1,13 +1,14 @@
-/* Attention on the calling thread, and the merge of partial results. */
+/* One attention, start to end, in either form; and the merge of partial results. */
+#include <math.h>
+
 #include "kvd_attend_cost.h"
 #include "kvd_attend_job.h"
-
-#include <math.h>
 
 static int attend_local(struct kvd_prefix *prefix, const struct kvd_attention *attention)
 {
     struct attend_job *j = attend_job_of(prefix);
     uint64_t begun = attend_ticks(), outside;
+    struct attend_rates *rates;
     int r;
 
     if (!j)
@@ -20,23 +21,81 @@ static int attend_local(struct kvd_prefix *prefix, const struct kvd_attention *a
         attend_job_run(j, task, 0);
     begun = attend_ticks();
     r = attend_job_finish(j);
-    if (r == 0 && !j->call.a.mass)
-        attend_cost_note(&attend_rates_of(&j->call)->fixed, 1, outside + attend_ticks() - begun,
-                         prefix->space->session->nsec_per_tick);
+    if (r != 0)
+        return r;
+    rates = attend_rates_of(&j->call);
+    if (!j->call.a.mass)
+        attend_cost_note(&rates->local_call, 1, outside + attend_ticks() - begun, NULL, prefix->space->session->nsec_per_tick);
+    atomic_store_explicit(&rates->local_at, attend_ticks(), memory_order_relaxed);
+    return 0;
+}
+
+int attend_daemon(struct kvd_prefix *prefix, const struct kvd_attention *attention, uint32_t timeout_msec)
+{
+    uint64_t ticket;
+    int r = kvd_attend_submit(prefix, attention, (uint64_t)timeout_msec * 1000, &ticket);
+
+    if (r != 0)
+        return r;
+    /* The daemon gives up by itself; the time on top is for its answer to come. */
+    r = kvd_attend_collect(prefix, ticket, (int)(timeout_msec < INT32_MAX - 1000 ? timeout_msec + 1000 : INT32_MAX));
+    if (r == KVD_E_TIMEOUT)
+        kvd_attend_cancel(prefix, ticket);
     return r;
+}
+
+/* Not the fault of who asks: another form may do it. */
+static bool daemon_fails(int error)
+{
+    return error == KVD_E_GONE || error == KVD_E_TIMEOUT || error == KVD_E_LIMIT || error == KVD_E_QUOTA ||
+           error == KVD_E_DRAINING || error == KVD_E_PROTOCOL || error == KVD_E_NOMEM || error == KVD_E_INTERNAL;
+}
+
+static int attend_daemon_noted(const struct attend_call *call, const struct kvd_attention *attention)
+{
+    uint64_t begun = attend_ticks();
+    int r = attend_daemon(call->prefix, attention, call->prefix->space->session->timeout_msec);
+
+    if (r == 0 || daemon_fails(r))
+        attend_cost_note_daemon(call, attend_ticks() - begun, r != 0);
+    return r;
+}
+
+static int attend_auto(struct kvd_prefix *prefix, const struct kvd_attention *attention)
+{
+    enum kvd_attend_form form;
+    struct attend_call call;
+    int r = attend_check(prefix, attention, &call);
+
+    if (r == 0)
+        r = attend_cost_choose(&call, &form);
+    if (r != 0)
+        return r;
+    if (form == KVD_ATTEND_DAEMON) {
+        r = attend_daemon_noted(&call, attention);
+        if (!daemon_fails(r))
+            return r;
+    }
+    return attend_local(prefix, attention);
 }
 
 int kvd_attend(kvd_prefix *prefix, const struct kvd_attention *attention, enum kvd_attend_form form)
 {
+    struct attend_call call;
+    int r;
+
     if (!prefix)
         return error_set(0, KVD_E_ARG, "prefix is NULL");
     if (session_forked(prefix->space->session))
         return session_error_forked(prefix->space->session);
     switch (form) {
     case KVD_ATTEND_AUTO:
+        return attend_auto(prefix, attention);
     case KVD_ATTEND_LOCAL:
         return attend_local(prefix, attention);
     case KVD_ATTEND_DAEMON:
+        r = attend_check(prefix, attention, &call);
+        return r != 0 ? r : attend_daemon_noted(&call, attention);
     case KVD_ATTEND_LOAD:
         break;
     }

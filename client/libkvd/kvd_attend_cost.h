@@ -13,13 +13,25 @@
 
 enum { ATTEND_ROW_CLASSES = 8, ATTEND_SIZE_CLASSES = 4 };
 
+#define ATTEND_TRIAL_MSEC 100 /* a daemon that takes longer for a few blocks is not to be reckoned with */
+#define ATTEND_RETRY_SEC 0.25 /* nor one that has just failed */
+
 typedef _Atomic uint32_t attend_rate; /* a float's bits: nanoseconds a byte; 0: not measured */
 
 struct attend_rates {
-    attend_rate local[ATTEND_ROW_CLASSES][ATTEND_SIZE_CLASSES]; /* of a packed byte, local form */
-    attend_rate own[ATTEND_ROW_CLASSES];                        /* of a decoded byte: attention over the worker's own pages */
-    attend_rate load;                                           /* of a packed byte: kvd_load() */
-    attend_rate fixed;                                          /* of a local call, whatever its size: nanoseconds */
+    /* Local form: of a packed byte; of a unit (one KV head's rows), whatever it reads; of a call. */
+    attend_rate local[ATTEND_ROW_CLASSES][ATTEND_SIZE_CLASSES];
+    attend_rate local_unit[ATTEND_ROW_CLASSES];
+    attend_rate local_call;
+    /* Daemon form: of a packed byte, waiting included; of a call. */
+    attend_rate daemon[ATTEND_ROW_CLASSES][ATTEND_SIZE_CLASSES];
+    attend_rate daemon_call[ATTEND_ROW_CLASSES];
+    /* Loading: of a packed byte by kvd_load(); of a decoded byte by attention over the worker's own pages. */
+    attend_rate load;
+    attend_rate own[ATTEND_ROW_CLASSES];
+
+    /* Ticks of the last call of each form, and of the last one that the daemon did not answer; 0: none. */
+    _Atomic uint64_t local_at, daemon_at, daemon_failed_at;
 };
 
 /* Rows of one KV head that are attended to at once: 1, 2, 3 to 4, 5 to 8, … 65 and more. */
@@ -49,13 +61,15 @@ static inline uint64_t attend_ticks(void)
     return __rdtsc();
 }
 
-/* Notes that n bytes (or calls) took so many ticks. */
-void attend_cost_note(attend_rate *rate, uint64_t n, uint64_t ticks, double nsec_per_tick);
+/* Notes that n bytes (or calls) took so many ticks, less what the call costs whatever it reads (nanoseconds). */
+void attend_cost_note(attend_rate *rate, uint64_t n, uint64_t ticks, const attend_rate *less, double nsec_per_tick);
+/* Notes a call of the daemon form; bytes: that it reads. failed: it was not answered. */
+void attend_cost_note_daemon(const struct attend_call *call, uint64_t ticks, bool failed);
 
 /* Makes the tables of a space whose layers are filled in. KVD_OK, or KVD_E_NOMEM without a message. */
 int attend_rates_create(struct kvd_space *space);
 
-/* Of two forms the cheaper one for one call: local or daemon. */
-enum kvd_attend_form attend_cost_choose(const struct attend_call *call);
+/* The form for one call: local or daemon. Mostly the cheaper one; now and then the other, so that its cost stays known. */
+int attend_cost_choose(const struct attend_call *call, enum kvd_attend_form *ret);
 
 #endif

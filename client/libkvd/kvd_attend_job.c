@@ -253,6 +253,15 @@ static void end_unit(struct attend_job *j, const struct task *any, uint32_t seat
         attend_scatter(&j->call, unit.kv, unit.row0, unit.n, unit.o, unit.lse);
 }
 
+static void note(const struct attend_call *c, uint32_t n_rows, uint64_t call_bytes, uint64_t bytes, uint64_t ticks)
+{
+    struct attend_rates *rates = attend_rates_of(c);
+    uint32_t class = attend_rows_class(n_rows);
+
+    attend_cost_note(&rates->local[class][attend_size_class(call_bytes)], bytes, ticks, &rates->local_unit[class],
+                     c->prefix->space->session->nsec_per_tick);
+}
+
 bool attend_job_run(struct attend_job *j, uint32_t number, uint32_t seat)
 {
     const struct attend_call *c = &j->call;
@@ -276,8 +285,7 @@ bool attend_job_run(struct attend_job *j, uint32_t number, uint32_t seat)
     if (r < 0)
         atomic_store_explicit(&j->error, r, memory_order_relaxed);
     else if (!j->trial && t.to > t.from)
-        attend_cost_note(&attend_rates_of(c)->local[attend_rows_class(t.n)][attend_size_class(j->bytes)], bytes,
-                         attend_ticks() - ticks, space->session->nsec_per_tick);
+        note(c, t.n, j->bytes, bytes, attend_ticks() - ticks);
     /* acq_rel: who ends the unit sees what the others wrote. */
     if (atomic_fetch_sub_explicit(&j->runs_left[t.unit], 1, memory_order_acq_rel) != 1)
         return false;

@@ -81,7 +81,7 @@ static int decode_part(const struct load *load, uint32_t layer, size_t block, bo
 
     if (r == 0 && load->dtype == space->dtype) /* kvd_attend_choose() may have to know */
         attend_cost_note(&space->rates[space->layer_rates[layer]].load, (uint64_t)part->n_kv_heads * part->tile.bytes,
-                         attend_ticks() - ticks, space->session->nsec_per_tick);
+                         attend_ticks() - ticks, NULL, space->session->nsec_per_tick);
     if (r < 0)
         return error_set(space->session->cookie, r == -EINVAL ? KVD_E_ARG : KVD_E_INTERNAL,
                          "layer %u cannot be decoded so: strides of %zu and %zu bytes a token", layer,
