@@ -191,6 +191,8 @@ void session_count(struct session *s)
     m->misses += lookups - hits;
     m->loads += more(&s->seen.loads, &h->n_load_blocks, UINT64_MAX);
     m->load_bytes += more(&s->seen.load_bytes, &h->n_load_bytes, UINT64_MAX);
+    m->attend_local += more(&s->seen.attend_local, &h->n_attend, UINT64_MAX);
+    m->attend_local_bytes += more(&s->seen.attend_local_bytes, &h->n_attend_bytes, UINT64_MAX);
     m->stale_lookups += more(&s->seen.stale, &h->n_stale, UINT64_MAX);
     m->worker_corrupt += more(&s->seen.corrupt, &h->n_corrupt, UINT64_MAX);
 }

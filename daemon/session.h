@@ -103,7 +103,7 @@ struct session {
     bool paused;                 /* over frame_rate until the second is over */
 
     struct session_seen {        /* of the page's counters, as far as they are in the metrics */
-        uint64_t lookups, hits, loads, load_bytes, stale, corrupt;
+        uint64_t lookups, hits, loads, load_bytes, attend_local, attend_local_bytes, stale, corrupt;
     } seen;
 };
 

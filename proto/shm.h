@@ -155,7 +155,10 @@ struct shm_page_header {
     /* The one word that the daemon writes later: non-zero once it has given up this worker (and before it lets go of its
      * leases), so that a worker cut off while the daemon lives sees it without a system call and trusts no lease any more. */
     _Atomic uint32_t revoked;
-    uint8_t pad1[4096 - 128 - 60];
+    uint32_t zero;
+    _Atomic uint64_t n_attend;        /* statistics again: attention by the worker itself, calls and packed bytes read */
+    _Atomic uint64_t n_attend_bytes;
+    uint8_t pad1[4096 - 128 - 80];
 };
 static_assert(sizeof(struct shm_page_header) == 4096, "page header is a page");
 static_assert(offsetof(struct shm_page_header, log_head) == 128 && offsetof(struct shm_page_header, rings_off) == 72, "page header");

@@ -116,6 +116,27 @@ START_TEST(as_defined)
 }
 END_TEST
 
+/* What the worker has done for itself, as the daemon tells it. */
+START_TEST(is_counted)
+{
+    uint64_t before = harness_stat(&bed.h, "kvd_attend_local_total", NULL);
+    uint64_t bytes = harness_stat(&bed.h, "kvd_attend_local_bytes_total", NULL);
+    struct at_call c;
+
+    at_setup_space(&bed, &shapes[4], 3);
+    at_call_init(&c, &bed, 1, KVD_F16);
+    attend(&c, "all");
+    c.a.first_position = 0; /* one block has what it sees */
+    attend(&c, "the first token");
+    c.a.n_blocks = 0;
+    attend(&c, "nothing, which is not counted");
+    ck_assert_uint_eq(harness_stat(&bed.h, "kvd_attend_local_total", NULL) - before, 2);
+    ck_assert_uint_eq(harness_stat(&bed.h, "kvd_attend_local_bytes_total", NULL) - bytes, (3 + 1) * 2 * 16 * (64 + 64) * 2);
+    at_call_deinit(&c);
+    at_teardown_space(&bed);
+}
+END_TEST
+
 START_TEST(latent_values)
 {
     struct at_call c;
@@ -873,6 +894,7 @@ int main(void)
     int n_failed;
 
     tcase_add_loop_test(tc, as_defined, 0, N_SHAPES);
+    tcase_add_test(tc, is_counted);
     tcase_add_test(tc, latent_values);
     tcase_add_test(tc, many_rows);
     tcase_add_test(tc, nothing_to_see);

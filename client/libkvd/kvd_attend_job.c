@@ -327,7 +327,13 @@ int attend_job_finish(struct attend_job *j)
         return error_set(cookie, KVD_E_VALUE,
                          "%u of %u rows have no result within fp32: their queries, or scale %g, are too large", n_bad,
                          j->call.a.n_tokens * j->call.a.n_heads, (double)j->call.a.scale);
-    if (j->call.a.mass && !j->trial)
+    if (j->call.a.mass)
         finish_mass(j);
+    if (j->n_used) {
+        struct shm_page_header *page = j->call.prefix->life->page;
+
+        atomic_fetch_add_explicit(&page->n_attend, 1, memory_order_relaxed);
+        atomic_fetch_add_explicit(&page->n_attend_bytes, j->n_chunks * j->bytes, memory_order_relaxed);
+    }
     return 0;
 }
