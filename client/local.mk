@@ -67,7 +67,7 @@ EXTRA_DIST += client/kvctl/kvctl.bash
 EXTRA_DIST += \
 	client/engines/llama/README.md client/engines/llama/fetch.sh client/engines/llama/build.sh client/engines/llama/demo.sh \
 	client/engines/llama/check_kvstate.c client/engines/llama/gguf-f32.c client/engines/llama/kvd-llama.c \
-	client/engines/llama/divergence.c client/engines/llama/divergence.h client/engines/llama/engine.c client/engines/llama/engine.h \
+	client/engines/llama/common.c client/engines/llama/common.h client/engines/llama/divergence.c client/engines/llama/divergence.h client/engines/llama/engine.c client/engines/llama/engine.h \
 	client/engines/llama/fidelity.c client/engines/llama/fidelity.h client/engines/llama/generate.c client/engines/llama/generate.h \
 	client/engines/llama/kvstate.c client/engines/llama/kvstate.h client/engines/llama/kvstate_impl.h client/engines/llama/kvstate_probe.c \
 	client/engines/llama/report.c client/engines/llama/report.h client/engines/llama/sharing.c client/engines/llama/sharing.h

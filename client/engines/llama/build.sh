@@ -35,7 +35,7 @@ compile()
     shift
     "${CC:-cc}" "${flags[@]}" "${user_flags[@]}" "$@" -c "$here/$name.c" -o "$out/o/$name.o"
 }
-for name in engine fidelity generate kvd-llama kvstate kvstate_probe report sharing check_kvstate; do
+for name in common engine fidelity generate kvd-llama kvstate kvstate_probe report sharing check_kvstate; do
     compile "$name"
 done
 compile divergence -O3 -ffast-math
@@ -51,5 +51,5 @@ link()
     mv "$out/$program.new" "$out/$program"
 }
 link check_kvstate check_kvstate.o kvstate.o kvstate_probe.o
-link kvd-llama {divergence,engine,fidelity,generate,kvd-llama,kvstate,kvstate_probe,report,sharing}.o
+link kvd-llama {common,divergence,engine,fidelity,generate,kvd-llama,kvstate,kvstate_probe,report,sharing}.o
 printf '%s\n' "$engine $build" >"$out/o/with"

@@ -5,6 +5,8 @@
 #include <string.h>
 #include <time.h>
 
+#include "common.h"
+
 #define TEXT_BYTES_PER_TOKEN 64
 
 static double now_msec(void)
@@ -68,42 +70,6 @@ int generate(struct engine *engine, struct sharing *sharing, const uint32_t *tok
 /* ---- Output -------------------------------------------------------------------------------------------------------
  * */
 
-/* Bytes of the UTF-8 character at p, or 0 if there is none. */
-static size_t utf8_bytes(const unsigned char *p)
-{
-    size_t n = *p < 0x80                 ? 1
-               : *p >= 0xc2 && *p < 0xe0 ? 2
-               : *p >= 0xe0 && *p < 0xf0 ? 3
-               : *p >= 0xf0 && *p < 0xf5 ? 4
-                                         : 0;
-
-    for (size_t i = 1; i < n; i++)
-        if ((p[i] & 0xc0) != 0x80)
-            return 0;
-    return n;
-}
-
-void print_json_string(FILE *file, const char *text)
-{
-    const unsigned char *p = (const unsigned char *)text;
-
-    fputc('"', file);
-    while (*p) {
-        size_t n = utf8_bytes(p);
-
-        if (*p == '"' || *p == '\\')
-            fprintf(file, "\\%c", *p);
-        else if (*p < 0x20)
-            fprintf(file, "\\u%04x", *p);
-        else if (n == 0)
-            fputs("\\ufffd", file);
-        else
-            fwrite(p, 1, n, file);
-        p += n ? n : 1;
-    }
-    fputc('"', file);
-}
-
 static void print_json_sharing(FILE *file, const struct sharing *sharing)
 {
     const struct sharing_figures *f = &sharing->figures;
@@ -135,13 +101,13 @@ void generate_print_json(FILE *file, const struct generate_result *result, const
         print_json_sharing(file, sharing);
     if (error) {
         fputs(",\"kvd_error\":", file);
-        print_json_string(file, error);
+        common_print_json(file, error);
     }
     fputs(",\"tokens\":[", file);
     for (uint32_t i = 0; i < result->n_generated; i++)
         fprintf(file, "%s%u", i ? "," : "", result->generated[i]);
     fputs("],\"text\":", file);
-    print_json_string(file, result->text);
+    common_print_json(file, result->text);
     fputs("}\n", file);
 }
 

@@ -25,7 +25,4 @@ void generate_print_json(FILE *file, const struct generate_result *result, const
                          const char *sharing_error);
 void generate_print_text(FILE *file, const struct generate_result *result, const struct sharing *sharing);
 
-/* Writes text as a JSON string, bytes that are no UTF-8 replaced. */
-void print_json_string(FILE *file, const char *text);
-
 #endif

@@ -1,12 +1,12 @@
 /* kvd-llama: a worker on libllama that shares its prefixes through kvd; also measures what a codec costs a model. */
 #include <errno.h>
 #include <getopt.h>
-#include <openssl/evp.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
 
+#include "common.h"
 #include "engine.h"
 #include "fidelity.h"
 #include "generate.h"
@@ -241,32 +241,6 @@ static void parse(int argc, char **argv, struct options *o)
 
 /* ---- The model's identity ---------------------------------------------------------------------------------------- */
 
-/* The file's SHA-256 in hexadecimal; ret[65]. */
-static int digest_file(const char *path, char *ret)
-{
-    unsigned char digest[EVP_MAX_MD_SIZE];
-    unsigned char *buffer = malloc(1 << 20);
-    FILE *file = fopen(path, "rb");
-    EVP_MD_CTX *md = EVP_MD_CTX_new();
-    unsigned int n_digest = 0;
-    int r = -1;
-    size_t n;
-
-    if (buffer && file && md && EVP_DigestInit_ex(md, EVP_sha256(), NULL) == 1) {
-        while ((n = fread(buffer, 1, 1 << 20, file)) > 0 && EVP_DigestUpdate(md, buffer, n) == 1)
-            ;
-        if (!ferror(file) && feof(file) && EVP_DigestFinal_ex(md, digest, &n_digest) == 1 && n_digest == 32)
-            r = 0;
-    }
-    for (unsigned int i = 0; r == 0 && i < n_digest; i++)
-        sprintf(ret + 2 * i, "%02x", digest[i]);
-    EVP_MD_CTX_free(md);
-    if (file)
-        fclose(file);
-    free(buffer);
-    return r;
-}
-
 /* Attaches. A worker goes on without a cache that it cannot have: then the result is false, and sharing->error says
  * why. */
 static bool share(const struct options *o, struct engine *engine, struct sharing *sharing)
@@ -277,7 +251,7 @@ static bool share(const struct options *o, struct engine *engine, struct sharing
 
     options.model_name = slash ? slash + 1 : o->model_path;
     options.revision = o->revision ? o->revision : digest;
-    if (!o->revision && digest_file(o->model_path, digest) < 0) {
+    if (!o->revision && common_digest_file(o->model_path, digest) < 0) {
         memset(sharing, 0, sizeof(*sharing));
         snprintf(sharing->error, sizeof(sharing->error), "%s: no SHA-256 of it: %s", o->model_path, strerror(errno));
         return false;
@@ -293,7 +267,7 @@ static bool share(const struct options *o, struct engine *engine, struct sharing
 static int prompt_tokens(const struct options *o, struct engine *engine, uint32_t **ret, uint32_t *ret_n)
 {
     size_t n_text;
-    char *text = report_read_file(o->prompt_path, &n_text);
+    char *text = common_read_file(o->prompt_path, &n_text);
     uint32_t *prompt = NULL, *question = NULL, *all;
     int n_prompt, n_question = 0;
 

@@ -6,10 +6,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "common.h"
 #include "fidelity.h"
-#include "generate.h"
-
-#define TEXT_BYTES_MAX (64u << 20)
 
 /* With the default first: what the others are there to be compared with. */
 static const char default_codecs[] = "kc4/tq4/raw,fp8/fp8,raw/raw,int8/int8,kc4/tq4/-,kc4/uq4/-,kc4:grid=e2m1/tq4/"
@@ -23,42 +21,6 @@ struct total {
     double kl, kl_squares, kl_p99, top1, nll_ratio;
     uint32_t n;
 };
-
-char *report_read_file(const char *path, size_t *ret_n)
-{
-    FILE *file = strcmp(path, "-") == 0 ? stdin : fopen(path, "rb");
-    char *text = NULL, *grown;
-    size_t n = 0, room = 0, got;
-
-    if (!file)
-        return NULL;
-    do {
-        if (n + 65536 > room) {
-            room = 2 * room + 65536 + 1;
-            grown = room > TEXT_BYTES_MAX ? NULL : realloc(text, room);
-            if (!grown) {
-                errno = room > TEXT_BYTES_MAX ? EFBIG : ENOMEM;
-                goto failed;
-            }
-            text = grown;
-        }
-        got = fread(text + n, 1, 65536, file);
-        n += got;
-    } while (got > 0);
-    if (ferror(file))
-        goto failed;
-    if (file != stdin)
-        fclose(file);
-    text[n] = '\0';
-    *ret_n = n;
-    return text;
-
-failed:
-    free(text);
-    if (file != stdin)
-        fclose(file);
-    return NULL;
-}
 
 /* "K/V/FIRST,..." FIRST: "-" or none for no codec of its own. */
 static int parse_codecs(struct engine *engine, const char *text, struct fidelity_options *ret)
@@ -114,7 +76,7 @@ static void print_result(const struct fidelity_codec *codec, const char *path, c
 {
     print_case(codec);
     printf("\",\"text\":");
-    print_json_string(stdout, path);
+    common_print_json(stdout, path);
     printf(",\"kl\":%.6f,\"kl_se\":%.6f,\"kl_p99\":%.6f,\"top1\":%.4f,\"ppl_ratio\":%.5f,\"unit\":\"nats\"}\n",
            result->kl, result->kl_se, result->kl_p99, result->top1, result->ppl_ratio);
 }
@@ -161,7 +123,7 @@ static void print_totals(const struct fidelity_options *options, const struct to
 static int text_tokens(struct engine *engine, const char *path, uint32_t n_wanted, uint32_t **ret)
 {
     size_t n_text;
-    char *text = report_read_file(path, &n_text);
+    char *text = common_read_file(path, &n_text);
     int n;
 
     if (!text) {

@@ -18,7 +18,4 @@ struct report_options {
  * text, then for each codec over the texts. Returns 0 or a negative errno with a text in the engine's error. */
 int report_fidelity(struct engine *engine, struct sharing *sharing, const struct report_options *options);
 
-/* All of a file, 0-terminated, to be freed with free(); "-": standard input. NULL: errno says why. */
-char *report_read_file(const char *path, size_t *ret_n);
-
 #endif
