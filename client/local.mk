@@ -71,3 +71,11 @@ EXTRA_DIST += \
 	client/engines/llama/fidelity.c client/engines/llama/fidelity.h client/engines/llama/generate.c client/engines/llama/generate.h \
 	client/engines/llama/kvstate.c client/engines/llama/kvstate.h client/engines/llama/kvstate_impl.h client/engines/llama/kvstate_probe.c \
 	client/engines/llama/report.c client/engines/llama/report.h client/engines/llama/sharing.c client/engines/llama/sharing.h
+
+# ---- engines/ggml: likewise ----
+EXTRA_DIST += client/engines/showing.sh \
+	client/engines/ggml/README.md client/engines/ggml/build-ggml.sh client/engines/ggml/show-attention.sh client/engines/ggml/check_gemma.c \
+	client/engines/ggml/attention.c client/engines/ggml/attention.h client/engines/ggml/gemma.c client/engines/ggml/gemma.h \
+	client/engines/ggml/kvd-ggml.c client/engines/ggml/reuse.c client/engines/ggml/reuse.h client/engines/ggml/run.c \
+	client/engines/ggml/run.h client/engines/ggml/tiles.c client/engines/ggml/tiles.h client/engines/ggml/words.c \
+	client/engines/ggml/words.h client/engines/ggml/worker.c client/engines/ggml/worker.h

@@ -52,6 +52,11 @@ SUITES += tests/check_crc32c
 tests_check_crc32c_SOURCES = tests/check_crc32c.c
 tests_check_crc32c_LDADD = $(KVD_KERNELS_LIBS) $(TEST_LIBS)
 
+# A worker's own attention: of client/engines, but needs no engine.
+SUITES += tests/check_tiles
+tests_check_tiles_SOURCES = tests/check_tiles.c client/engines/ggml/tiles.c client/engines/ggml/tiles.h
+tests_check_tiles_LDADD = -lm $(TEST_LIBS)
+
 SUITES += tests/check_codec tests/check_codec_error tests/check_codec_variants
 tests_check_codec_SOURCES = tests/check_codec.c tests/check_codec_data.h
 tests_check_codec_LDADD = $(KVD_KERNELS_LIBS) $(TEST_LIBS)

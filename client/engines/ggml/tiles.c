@@ -1,4 +1,4 @@
-/* Built with -O3. What depends on the instruction set is compiled for three of them; the loader takes the best that the machine has. */
+/* Built with -O3. What costs is compiled for three instruction sets; a struct tiles says which. */
 #include "tiles.h"
 
 #include <errno.h>
@@ -14,14 +14,20 @@
 typedef float vector __attribute__((vector_size(64), aligned(64)));
 typedef int32_t integers __attribute__((vector_size(64), aligned(64)));
 
-#define VARIANTS __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #define INLINE static inline __attribute__((always_inline))
 
 /* ---- Memory ------------------------------------------------------------------------------------------------------ */
 
 void tiles_init(struct tiles *tiles, uint32_t n_heads, uint32_t dim, uint32_t first)
 {
-    *tiles = (struct tiles){.n_heads = n_heads, .dim = dim, .first = first};
+    *tiles = (struct tiles){.n_heads = n_heads, .dim = dim, .first = first, .variant = tiles_best_variant()};
+}
+
+enum tiles_variant tiles_best_variant(void)
+{
+    return __builtin_cpu_supports("x86-64-v4")   ? TILES_V4
+           : __builtin_cpu_supports("x86-64-v3") ? TILES_V3
+                                                 : TILES_BASELINE;
 }
 
 void tiles_deinit(struct tiles *tiles)
@@ -232,8 +238,8 @@ static bool tile_is_seen(uint32_t position, uint32_t n, uint32_t low, uint32_t h
     return position <= high && (window == 0 || position + n - 1 + window > low);
 }
 
-VARIANTS static void attend_rows(const struct tiles *tiles, uint32_t head, float scale, uint32_t window, uint32_t first_tile,
-                                 uint32_t end_tile, struct rows *rows)
+INLINE void attend_rows(const struct tiles *tiles, uint32_t head, float scale, uint32_t window, uint32_t first_tile, uint32_t end_tile,
+                        struct rows *rows)
 {
     uint32_t low = rows->position[0], high = low;
 
@@ -248,6 +254,30 @@ VARIANTS static void attend_rows(const struct tiles *tiles, uint32_t head, float
             attend_tile(tile_k(tiles, i, head), tile_v(tiles, i, head), tiles->dim, tiles->first + at, n, scale, window, rows);
     }
 }
+
+static void attend_rows_baseline(const struct tiles *tiles, uint32_t head, float scale, uint32_t window, uint32_t first_tile,
+                                 uint32_t end_tile, struct rows *rows)
+{
+    attend_rows(tiles, head, scale, window, first_tile, end_tile, rows);
+}
+
+__attribute__((target("arch=x86-64-v3"))) static void attend_rows_v3(const struct tiles *tiles, uint32_t head, float scale,
+                                                                     uint32_t window, uint32_t first_tile, uint32_t end_tile,
+                                                                     struct rows *rows)
+{
+    attend_rows(tiles, head, scale, window, first_tile, end_tile, rows);
+}
+
+__attribute__((target("arch=x86-64-v4"))) static void attend_rows_v4(const struct tiles *tiles, uint32_t head, float scale,
+                                                                     uint32_t window, uint32_t first_tile, uint32_t end_tile,
+                                                                     struct rows *rows)
+{
+    attend_rows(tiles, head, scale, window, first_tile, end_tile, rows);
+}
+
+typedef void (*attend_rows_fn)(const struct tiles *, uint32_t, float, uint32_t, uint32_t, uint32_t, struct rows *);
+
+static const attend_rows_fn variants[] = {attend_rows_baseline, attend_rows_v3, attend_rows_v4};
 
 /* The rows [at, at + n) of one KV head: row i is query head i % group of token i / group. */
 static void attend_some(const struct tiles *tiles, const struct tiles_query *query, uint32_t head, uint32_t at, uint32_t n,
@@ -269,7 +299,7 @@ static void attend_some(const struct tiles *tiles, const struct tiles_query *que
         rows.sum[r] = 0;
         memset(rows.o[r], 0, dim * sizeof(float));
     }
-    attend_rows(tiles, head, query->scale, query->window, first_tile, end_tile, &rows);
+    variants[tiles->variant](tiles, head, query->scale, query->window, first_tile, end_tile, &rows);
     for (uint32_t r = 0; r < n; r++) {
         float scale = rows.sum[r] > 0 ? 1 / rows.sum[r] : 0;
 

@@ -13,12 +13,19 @@
 
 #define TILE_TOKENS 64u
 
+/* Instruction sets, as x86-64's levels: v3 has AVX2, v4 AVX-512. */
+enum tiles_variant { TILES_BASELINE, TILES_V3, TILES_V4 };
+
 struct tiles {
     uint32_t n_heads, dim;          /* of K and V; dim a multiple of 64 */
     uint32_t first;                 /* position of the first token */
     uint32_t n_tokens, n_room;      /* n_room a multiple of TILE_TOKENS */
+    enum tiles_variant variant;
     float *k, *v;
 };
+
+/* The best that this machine has; tiles_init() chooses it. */
+enum tiles_variant tiles_best_variant(void);
 
 void tiles_init(struct tiles *tiles, uint32_t n_heads, uint32_t dim, uint32_t first);
 void tiles_deinit(struct tiles *tiles);

@@ -3,7 +3,8 @@
 #
 # A prompt as agents have it (a long text that every request begins with; here this project's own pages) and two questions. What is shown:
 # how long each process takes to its first token; that with codecs that lose nothing the warm one says, token by token, what a process
-# without kvd says; what the default codecs cost in next-token KL; and how prompts behave that end in odd places.
+# without kvd says; what the default codecs cost in next-token KL; how prompts behave that end in odd places; and workers that attend to
+# the prefix through the daemon instead of fetching it (ggml/show-attention.sh).
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -23,16 +24,8 @@ case ${1-} in
     ;;
 esac
 
-die()
-{
-    printf 'demo: %s\n' "$*" >&2
-    exit 1
-}
-
-show()
-{
-    printf '%s\n' "$*"
-}
+# shellcheck source=client/engines/showing.sh
+. "$here/../showing.sh"
 
 # How long an engine's thread spins before it sleeps: a fraction of what is usual, as other programs may want the cores.
 export GOMP_SPINCOUNT=${GOMP_SPINCOUNT-20000}
@@ -40,32 +33,7 @@ export GOMP_SPINCOUNT=${GOMP_SPINCOUNT-20000}
 engine=$("$here/fetch.sh" engine)
 model=$("$here/fetch.sh" model)
 "$here/build.sh" "$engine" "$build" "$build/llama"
-[[ -x $build/kvd ]] || die "$build has no kvd yet: make it first"
-
-# Unix sockets have short names, so not in a deep build folder.
-work=$(mktemp -d "${TMPDIR:-/tmp}/kvd-demo.XXXXXX")
-daemon_pid=
-cleanup()
-{
-    [[ -z $daemon_pid ]] || kill "$daemon_pid" 2>/dev/null || true
-    [[ -z $daemon_pid ]] || wait "$daemon_pid" 2>/dev/null || true
-    rm -rf "$work"
-}
-trap cleanup EXIT
-
-start_daemon()
-{
-    local i
-    "$build/kvd" --socket="$work/kvd.sock" --host-bytes=512M >"$work/kvd.log" 2>&1 &
-    daemon_pid=$!
-    for ((i = 0; i < 200; i++)); do
-        [[ ! -S $work/kvd.sock ]] || return 0
-        kill -0 "$daemon_pid" 2>/dev/null || break
-        sleep 0.05
-    done
-    cat "$work/kvd.log" >&2
-    die "the daemon did not start"
-}
+begin_showing
 
 # worker NAME ARGS...: one process; its figures go to NAME.json.
 worker()
@@ -73,31 +41,6 @@ worker()
     local name=$1
     shift
     "$build/llama/kvd-llama" --model "$model" --json "$@" >"$work/$name.json" || die "the worker \"$name\" failed"
-}
-
-# of NAME FIELD: a figure of that worker, lists without spaces.
-of()
-{
-    python3 -c 'import json, sys
-value = json.load(open(sys.argv[1]))[sys.argv[2]]
-print(json.dumps(value, separators=(",", ":")) if isinstance(value, (list, bool)) else value)' "$work/$1.json" "$2"
-}
-
-# expect WHAT GOT WANTED
-n_wrong=0
-expect()
-{
-    if [[ $2 == "$3" ]]; then
-        show "    $1: $2"
-    else
-        show "    $1: $2, and should be $3"
-        n_wrong=$((n_wrong + 1))
-    fi
-}
-
-calc()
-{
-    python3 -c "print(f'{$1:$2}')"
 }
 
 {
@@ -179,6 +122,14 @@ expect "tokens from the cache" "$(of half_default reused_tokens)" 1024
 expect "tokens from the cache, every bit as without kvd" "$(of half_raw reused_tokens)" 1024
 show ""
 
+edge_wrong=$n_wrong
+show "Attention over the cache's blocks by the daemon, which no worker fetches"
+"$here/../ggml/show-attention.sh" --json >"$work/attention" || n_wrong=$((n_wrong + 1))
+sed '$d' "$work/attention"
+tail -n 1 "$work/attention" >"$work/attention.json"
+[[ $(head -c 1 "$work/attention.json") == "{" ]] || die "attention could not be shown"
+show ""
+
 show "Warm within a tenth of cold: $(calc "10 * $warm_ms <= $cold_ms" d | sed 's/1/yes/; s/0/no/')." \
     "Everything above as it should be: $( ((n_wrong == 0)) && echo yes || echo "no, $n_wrong things are not")."
 
@@ -187,7 +138,8 @@ if [[ $want_json == yes ]]; then
         "$prefix_tokens" "$cold_ms" "$warm_ms" "$speedup" "$(of warm reused_tokens)" "$tokens_equal"
     printf '"kl_nats":%s,"top1":%s,"kl_prefix_tokens":%d,"bytes_ratio":%s,"codec":"kc4/tq4, first block raw",' \
         "$(of fidelity value)" "$(of fidelity top1)" "$fidelity_prefix" "$bytes_ratio"
-    printf '"ttft_without_ms":%s,"ttft_raw_warm_ms":%s,"match_ms":%s,"load_ms":%s,"put_ms":%s,"edge_prompts_wrong":%d,"cores":%d}\n' \
-        "$(of without ttft_ms)" "$(of raw_warm ttft_ms)" "$(of warm match_ms)" "$(of warm load_ms)" "$(of warm put_ms)" "$n_wrong" "$(nproc)"
+    printf '"ttft_without_ms":%s,"ttft_raw_warm_ms":%s,"match_ms":%s,"load_ms":%s,"put_ms":%s,"edge_prompts_wrong":%d,"cores":%d,"attention":%s}\n' \
+        "$(of without ttft_ms)" "$(of raw_warm ttft_ms)" "$(of warm match_ms)" "$(of warm load_ms)" "$(of warm put_ms)" \
+        "$edge_wrong" "$(nproc)" "$(cat "$work/attention.json")"
 fi
 ((n_wrong == 0))

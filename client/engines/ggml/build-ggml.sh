@@ -2,7 +2,7 @@
 # Builds kvd-ggml against libggml (and libllama, for the vocabulary), which are no Debian packages and therefore no part of the main
 # build.
 #
-#   build.sh ENGINE BUILD OUT     ENGINE: the prefix that ../llama/fetch.sh engine printed, or any other of the same version
+#   build-ggml.sh ENGINE BUILD OUT     ENGINE: the prefix that ../llama/fetch.sh engine printed, or any other of the same version
 #                                 BUILD: a build folder of kvd, for libkvd
 #                                 OUT: a folder for the programs kvd-ggml and check_gemma
 #
@@ -14,10 +14,10 @@ top=$(cd "$here/../../.." && pwd)
 llama=$here/../llama
 (($# == 3)) || { sed -n '5,7s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2; exit 2; }
 engine=$1
-build=$(cd "$2" 2>/dev/null && pwd) || { echo "build.sh: $2 is no build folder: ./dev build makes build/release" >&2; exit 1; }
+build=$(cd "$2" 2>/dev/null && pwd) || { echo "build-ggml.sh: $2 is no build folder: ./dev build makes build/release" >&2; exit 1; }
 out=$3
-[[ -f $engine/include/ggml-cpu.h ]] || { echo "build.sh: $engine has no ggml-cpu.h: ../llama/fetch.sh engine makes one that has" >&2; exit 1; }
-[[ -f $build/.libs/libkvd.so ]] || { echo "build.sh: $build has no libkvd yet: make it first" >&2; exit 1; }
+[[ -f $engine/include/ggml-cpu.h ]] || { echo "build-ggml.sh: $engine has no ggml-cpu.h: ../llama/fetch.sh engine makes one that has" >&2; exit 1; }
+[[ -f $build/.libs/libkvd.so ]] || { echo "build-ggml.sh: $build has no libkvd yet: make it first" >&2; exit 1; }
 
 mkdir -p "$out/o"
 # One build at a time in a folder; the lock goes with the process.
