@@ -75,6 +75,7 @@ EXTRA_DIST += \
 # ---- engines/ggml: likewise ----
 EXTRA_DIST += client/engines/showing.sh \
 	client/engines/ggml/README.md client/engines/ggml/build-ggml.sh client/engines/ggml/show-attention.sh client/engines/ggml/check_gemma.c \
+	client/engines/ggml/check_refusals.c \
 	client/engines/ggml/attention.c client/engines/ggml/attention.h client/engines/ggml/gemma.c client/engines/ggml/gemma.h \
 	client/engines/ggml/kvd-ggml.c client/engines/ggml/reuse.c client/engines/ggml/reuse.h client/engines/ggml/run.c \
 	client/engines/ggml/run.h client/engines/ggml/tiles.c client/engines/ggml/tiles.h client/engines/ggml/words.c \

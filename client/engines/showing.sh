@@ -24,6 +24,7 @@ end_showing()
 
 begin_showing()
 {
+    : "${build:?}"
     [[ -x $build/kvd ]] || die "$build has no kvd yet: make it first"
     # Unix sockets have short names, so not in a deep build folder.
     work=$(mktemp -d "${TMPDIR:-/tmp}/kvd-show.XXXXXX")

@@ -4,7 +4,7 @@
 #
 #   build-ggml.sh ENGINE BUILD OUT     ENGINE: the prefix that ../llama/fetch.sh engine printed, or any other of the same version
 #                                 BUILD: a build folder of kvd, for libkvd
-#                                 OUT: a folder for the programs kvd-ggml and check_gemma
+#                                 OUT: a folder for the programs kvd-ggml, check_gemma and check_refusals
 #
 # Rebuilds only what is older than its sources. CC and CFLAGS as usual.
 set -euo pipefail
@@ -39,7 +39,7 @@ compile()
     name=${source##*/}
     "${CC:-cc}" "${flags[@]}" "${user_flags[@]}" "$@" -c "$source.c" -o "$out/o/$name.o"
 }
-for name in attention check_gemma gemma kvd-ggml reuse run words worker; do
+for name in attention check_gemma check_refusals gemma kvd-ggml reuse run words worker; do
     compile "$here/$name"
 done
 compile "$here/tiles" -O3
@@ -58,5 +58,6 @@ link()
 }
 objects=({attention,common,divergence,gemma,reuse,tiles,words,worker}.o)
 link check_gemma check_gemma.o "${objects[@]}"
+link check_refusals check_refusals.o gemma.o
 link kvd-ggml kvd-ggml.o run.o "${objects[@]}"
 printf '%s\n' "$engine $build" >"$out/o/with"

@@ -25,6 +25,7 @@ static int fail(struct gemma *model, int error, const char *format, ...)
     va_start(args, format);
     vsnprintf(model->error, sizeof(model->error), format, args);
     va_end(args);
+    model->failure = error;
     return error;
 }
 
@@ -128,7 +129,7 @@ static struct ggml_tensor *take_tensor(struct gemma *model, const char *name, ui
     size_t off, bytes;
 
     if (!tensor || id < 0 || tensor->ne[0] != columns || ggml_nrows(tensor) != (rows ? rows : 1)) {
-        if (!model->error[0])
+        if (model->failure == 0)
             fail(model, -ENOTSUP, "%s is missing or not %u x %u", name, columns, rows ? rows : 1);
         return NULL;
     }
@@ -136,7 +137,7 @@ static struct ggml_tensor *take_tensor(struct gemma *model, const char *name, ui
     bytes = ggml_nbytes(tensor);
     if (off > model->map_bytes || bytes > model->map_bytes - off ||
         ggml_backend_tensor_alloc(model->buffer, tensor, (char *)model->map + off) != GGML_STATUS_SUCCESS) {
-        if (!model->error[0])
+        if (model->failure == 0)
             fail(model, -EBADMSG, "%s is not inside of the file", name);
         return NULL;
     }
@@ -169,7 +170,7 @@ static int take_layer(struct gemma *model, uint32_t i)
     layer->ffn_up = take_layer_tensor(model, i, "ffn_up", e, f);
     layer->ffn_down = take_layer_tensor(model, i, "ffn_down", f, e);
     layer->post_ffn_norm = take_layer_tensor(model, i, "post_ffw_norm", e, 0);
-    return model->error[0] ? -ENOTSUP : 0;
+    return model->failure;
 }
 
 static int take_weights(struct gemma *model)
@@ -189,7 +190,7 @@ static int take_weights(struct gemma *model)
     model->output_norm = take_tensor(model, "output_norm.weight", model->n_embd, 0);
     for (uint32_t i = 0; r == 0 && i < model->n_layers; i++)
         r = take_layer(model, i);
-    return model->error[0] ? -ENOTSUP : r;
+    return r == 0 ? model->failure : r;
 }
 
 static int map_file(const char *path, struct gemma *model)

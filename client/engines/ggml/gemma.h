@@ -33,6 +33,7 @@ struct gemma {
     ggml_backend_buffer_t buffer; /* the mapping, as ggml knows it */
     void *map;
     size_t map_bytes;
+    int failure;     /* of gemma_open(), the first one */
     char error[256]; /* of gemma_open() */
 };
 

@@ -42,6 +42,7 @@ begin_showing
 start_daemon
 
 "$build/ggml/check_gemma" "$model" "$top/docs/operations.md" >"$work/graph" || die "the graph is not the model's"
+"$build/ggml/check_refusals" "$work" >"$work/refusals" 2>&1 || die "a file is taken or refused for the wrong reason: $(cat "$work/refusals")"
 cat "$top"/docs/{overview,design,operations,protocol,shared-memory,codecs,eviction}.md >"$work/prompt"
 questions=(
     $'\n\nQuestion: What is a block?\nAnswer: A block is'
