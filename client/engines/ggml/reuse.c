@@ -55,7 +55,7 @@ static int open_space(struct reuse *reuse)
 
     if (!layers)
         return fail(reuse, KVD_E_NOMEM, "a space");
-    desc.n_groups = order_layers(model, reuse->order, groups);
+    desc.n_groups = reuse->n_groups = order_layers(model, reuse->order, groups);
     for (uint32_t i = 0; i < model->n_layers; i++)
         layers[reuse->order[i]] = (struct kvd_layer){
             .n_kv_heads = model->n_kv_heads,
@@ -245,12 +245,22 @@ static int load_plain(struct reuse *reuse, struct attention *attention)
     return r;
 }
 
+/* Has the library map the blocks that the daemon is to read for us: should it die, they are at hand. */
+static void map_blocks(struct reuse *reuse, uint32_t n_blocks)
+{
+    struct kvd_block block;
+
+    for (uint32_t i = 0; i < n_blocks; i++)
+        for (uint32_t group = 0; group < reuse->n_groups; group++)
+            (void)kvd_prefix_block(reuse->prefix, i, group, &block); /* what a sliding group has left is no error */
+}
+
 int reuse_begin(struct reuse *reuse, struct attention *attention, enum attention_form form, uint64_t n_steps)
 {
     uint32_t n_layers = reuse->model->n_layers;
     enum attention_form *forms = calloc(n_layers, sizeof(*forms));
     double begun = now_msec();
-    bool is_plain = false;
+    bool is_plain = false, is_daemon = false;
     int r;
 
     if (!forms)
@@ -262,7 +272,10 @@ int reuse_begin(struct reuse *reuse, struct attention *attention, enum attention
         if (form == ATTENTION_AUTO)
             forms[i] = attention->n_prefix > 0 ? choose(reuse, attention, i, n_steps) : ATTENTION_PLAIN;
         is_plain |= forms[i] == ATTENTION_PLAIN;
+        is_daemon |= forms[i] == ATTENTION_DAEMON;
     }
+    if (is_daemon)
+        map_blocks(reuse, reuse->n_matched / reuse->options.block_tokens);
     r = attention_begin(attention, reuse->space, reuse->prefix, reuse->n_matched, forms);
     if (r == KVD_OK && is_plain && reuse->n_matched > 0)
         r = load_plain(reuse, attention);

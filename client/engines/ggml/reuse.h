@@ -25,6 +25,7 @@ struct reuse {
     const struct gemma *model;
     struct reuse_options options;
     uint32_t *order; /* [n_layers]: the space's layer of each of the model's */
+    uint32_t n_groups;
     kvd *session;
     kvd_space *space;
     kvd_prefix *prefix;

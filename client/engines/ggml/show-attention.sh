@@ -31,8 +31,8 @@ esac
 # shellcheck source=client/engines/showing.sh
 . "$here/../showing.sh"
 
-# How long an engine's thread spins before it sleeps: a fraction of what is usual, as other programs want the cores.
-export GOMP_SPINCOUNT=${GOMP_SPINCOUNT-20000}
+# How long an engine's thread spins before it sleeps: briefly. Several processes and the daemon want the cores.
+export GOMP_SPINCOUNT=${GOMP_SPINCOUNT-1000}
 
 engine=$("$llama/fetch.sh" engine)
 model=$("$llama/fetch.sh" model-f32)
@@ -140,6 +140,7 @@ wait "$orphan" || die "the worker died with its daemon"
 expect "the worker went on over the blocks that it had leased, to the same text" \
     "$(head -c "$(of plain text | head -c -1 | wc -c)" "$work/orphan" | cmp -s - <(of plain text | head -c -1) && echo yes || echo no)" yes
 show "    $(tail -n 1 "$work/orphan")"
+expect "and computed nothing again" "$(grep -c "the cache failed" "$work/orphan" || true)" 0
 
 if [[ $want_json == yes ]]; then
     printf '{"prefix_tokens":%d,"steps":%d,"plain_ms_per_token":%s,"local_ms_per_token":%s,"daemon_ms_per_token":%s,"auto_ms_per_token":%s,' \
