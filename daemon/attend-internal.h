@@ -32,8 +32,8 @@ enum {
     ATTEND_MEMORIES_MAX = 16,
     ATTEND_BUCKETS = 1 << 14,
     ATTEND_MEMBERS_MAX = 256,   /* requests in one job */
-    ATTEND_JOBS_MAX = 32,       /* that have begun: a job is put off for a smaller one at most so often */
-    ATTEND_ROWS_MAX = 64,       /* of one call of the kernel: what its scratch memory is sized for */
+    ATTEND_JOBS_MAX = 16,       /* of a tenant that have begun: a job is put off for a smaller one at most so often */
+    ATTEND_ROWS_MAX = 16,       /* of one call of the kernel */
     ATTEND_PIECE_BLOCKS_MAX = 1024,
     ATTEND_POLL_REQUESTS = 256, /* taken in one pass over the rings */
     ATTEND_POLL_BYTES = 1 << 20,
@@ -47,7 +47,7 @@ struct attend_memory {
 
 struct attend_tenant {
     struct attend *attend;
-    struct attend_tenant *next;      /* by rings_lock */
+    struct attend_tenant *next;      /* changed by rings_lock and lock, read by either */
     struct cache *cache;
     _Atomic uint32_t *awake;
     pthread_mutex_t words_lock;
@@ -56,7 +56,13 @@ struct attend_tenant {
     struct shm_page_header *header;  /* of the table's page: an empty one */
     struct cache_page page;
     uint32_t n_active;               /* by lock: rings with a request */
-    uint32_t n_jobs;                 /* by lock */
+    uint32_t n_jobs;                 /* by lock: these, and those being formed */
+    bool blocked;                    /* by lock: no lease words for another job before one ends */
+    struct attend_request **heap;    /* by lock: what waits, by tag */
+    uint32_t n_heap, heap_room;
+    double now;                      /* by lock: virtual time among its workers */
+    double served;                   /* by lock: units that were computed for it, or would have been had it always asked */
+    struct attend_job *jobs;         /* by lock: that have pieces left, or are being computed */
 };
 
 struct attend_ring {
@@ -99,7 +105,7 @@ struct attend_request {
     enum attend_state state;         /* by lock */
     uint32_t heap_at;                /* by lock, while WAITING */
     uint64_t hash;
-    double tag, start, cost, weight; /* by lock; see attend_queue.c. cost is in units, and weighs weight times */
+    double tag, start, cost;         /* by lock; see attend_queue.c. In units */
     double shared_cost;              /* what it cost, with what it shared */
     uint64_t ticket;
     uint64_t bytes;                  /* of this allocation */
@@ -143,7 +149,8 @@ struct attend_piece {
 struct attend_job {
     struct attend_job *next;
     struct attend_tenant *tenant;
-    double tag;
+    double tag;                                         /* by lock: smallest of those that are not answered */
+    double tags[ATTEND_MEMBERS_MAX];                    /* by lock: theirs, infinite once they are */
     struct attend_kind kind;
     struct attend_request *members[ATTEND_MEMBERS_MAX]; /* one that has been answered is gone: then its pieces are done */
     uint32_t n_rows[ATTEND_MEMBERS_MAX];                /* theirs */
@@ -185,7 +192,7 @@ struct attend {
     pthread_mutex_t rings_lock;
     struct attend_ring **rings;      /* by rings_lock */
     uint32_t n_rings, rings_room, next_ring;
-    struct attend_tenant *tenants;   /* by rings_lock */
+    struct attend_tenant *tenants;   /* changed by rings_lock and lock */
     _Atomic uint32_t knocks;         /* the loop waits for rings_lock */
     int epoll_fd, stop_fd;
 
@@ -194,16 +201,12 @@ struct attend {
     pthread_cond_t job_ended;
     bool stopping;                   /* by lock */
     bool watched;                    /* by lock: a thread looks at the rings or sleeps on the bells */
+    uint32_t n_vain;                 /* the watcher's: looks in a row at which nothing came */
     uint32_t n_idle;                 /* by lock: helpers that wait */
-    struct attend_request **heap;    /* by lock */
-    uint32_t n_heap, heap_room;
     struct { struct attend_request *first, *last; } *buckets; /* by lock */
     uint64_t hash_seed;
     uint64_t bytes;                  /* by lock: of all requests */
-    double now;                      /* by lock: virtual time */
-    struct attend_job *jobs;         /* by lock */
-    uint32_t n_jobs;                 /* by lock: these, and those being formed */
-    bool blocked;                    /* by lock: no lease words for another job before one ends */
+    uint32_t n_waiting;              /* by lock */
     double nsec_per_unit;            /* by lock: measured */
     struct attend_stats stats;       /* by lock */
 
@@ -235,9 +238,15 @@ int attend_queue_add(struct attend *attend, struct attend_request *rq);
 /* Puts back what could not begin, with the tag that it had. There is room: it was in before. */
 void attend_queue_return(struct attend *attend, struct attend_request *rq);
 void attend_queue_remove(struct attend *attend, struct attend_request *rq);
-/* Takes the next request and those that wait for the same chain with the same parameters out of the queue. Returns how many, at most
+/* Whose turn it is among those that wait or have a job with pieces left; NULL: nobody. */
+struct attend_tenant *attend_queue_tenant(const struct attend *attend);
+/* Takes a tenant's next request and those that wait for the same chain with the same parameters out of the queue. Returns how many, at most
  * ATTEND_MEMBERS_MAX; the first is the one whose turn it is. */
-uint32_t attend_queue_take(struct attend *attend, struct attend_request **ret);
+uint32_t attend_queue_take(struct attend *attend, struct attend_tenant *tenant, struct attend_request **ret);
+/* The tenant's job with the smallest tag that has a piece left; NULL: none. */
+struct attend_job *attend_queue_job(const struct attend_tenant *tenant);
+/* Its next request may begin a job, and goes before job (NULL: none). */
+bool attend_queue_first(const struct attend_tenant *tenant, const struct attend_job *job);
 bool attend_same_kind(const struct attend_request *a, const struct attend_request *b);
 
 /* ---- attend_job.c ---- */
@@ -256,7 +265,8 @@ struct attend_job *attend_job_destroy(struct attend_job *job);
 void attend_request_fail(struct attend_request *rq, enum ring_reason reason, uint64_t given, uint64_t allowed);
 /* It is not to be computed any further. Looks at its deadline and at the worker's word. No lock may be held. */
 bool attend_request_over(struct attend_request *rq, uint64_t now_usec);
-/* Computes a piece and merges it into its members' results. Returns the bytes of codes that it read. */
+/* Computes a piece and merges it into its members' results. Returns the bytes of codes that it read, 0 for rows whose codes the piece before
+ * has read. */
 uint64_t attend_piece_run(const struct attend *attend, struct attend_job *job, const struct attend_piece *piece,
                           struct attend_scratch *scratch);
 double attend_piece_units(const struct attend_job *job, const struct attend_piece *piece);

@@ -22,6 +22,7 @@
 #include <assert.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <math.h>
 #include <sched.h>
 #include <signal.h>
 #include <stdlib.h>
@@ -38,21 +39,11 @@
 #include "daemon/staging.h"
 
 enum {
+    SPIN_AGAIN = 64,     /* watches */
     HAND_OVER_USEC = 50, /* a watcher that goes to compute for longer than this leaves the rings to another thread */
 };
 
 /* ---- jobs ---- */
-
-/* The job with the smallest tag that has a piece left. By lock. */
-static struct attend_job *next_job(const struct attend *a)
-{
-    struct attend_job *best = NULL;
-
-    for (struct attend_job *j = a->jobs; j; j = j->next)
-        if (j->next_piece < j->n_pieces && (!best || j->tag < best->tag))
-            best = j;
-    return best;
-}
 
 static unsigned batch_class(uint32_t n)
 {
@@ -95,24 +86,31 @@ static void complete_all(struct attend *a, struct attend_request **list, uint32_
 }
 
 /* What was shared is given back to those who shared it. By lock. */
-static void give_back_costs(struct attend *a, struct attend_request *const *members, uint32_t n)
+static void give_back_costs(struct attend_request *const *members, uint32_t n)
 {
     for (uint32_t i = 0; i < n; i++) {
         struct attend_ring *ring = members[i]->ring;
-        double saved = (members[i]->cost - members[i]->shared_cost) * members[i]->weight;
+        double saved = members[i]->cost - members[i]->shared_cost, now = ring->tenant->now;
 
         if (saved > 0)
-            ring->finish = ring->finish - saved > a->now ? ring->finish - saved : a->now;
+            ring->finish = ring->finish - saved > now ? ring->finish - saved : now;
     }
 }
 
 static void end_job(struct attend *a, struct attend_job *j)
 {
-    a->n_jobs--;
-    a->blocked = false;
+    j->tenant->blocked = false;
     j->tenant->n_jobs--;
     attend_job_destroy(j);
     pthread_cond_broadcast(&a->job_ended);
+}
+
+/* What is left of a job is as urgent as the most urgent that waits for it. By lock. */
+static void find_tag(struct attend_job *j)
+{
+    j->tag = INFINITY;
+    for (uint32_t i = 0; i < j->n_members; i++)
+        j->tag = j->tags[i] < j->tag ? j->tags[i] : j->tag;
 }
 
 /* Enters a job that has been made. By lock. */
@@ -124,18 +122,21 @@ static void start_job(struct attend *a, struct attend_job *j)
     a->stats.n_jobs++;
     a->stats.n_together += j->n_members;
     a->stats.batch[batch_class(j->n_members)]++;
-    give_back_costs(a, j->members, j->n_members);
-    for (uint32_t i = 0; i < j->n_members; i++)
+    give_back_costs(j->members, j->n_members);
+    for (uint32_t i = 0; i < j->n_members; i++) {
+        j->tags[i] = j->members[i]->n_left ? j->members[i]->tag : INFINITY;
         if (j->members[i]->n_left == 0) /* nothing to read */
             ended[n_ended++] = j->members[i];
+    }
+    find_tag(j);
     if (j->n_pieces == 0) {
         end_job(a, j);
         complete_all(a, ended, n_ended);
         return;
     }
-    a->stats.n_put_off += next_job(a) != NULL;
-    j->next = a->jobs;
-    a->jobs = j;
+    a->stats.n_put_off += attend_queue_job(j->tenant) != NULL;
+    j->next = j->tenant->jobs;
+    j->tenant->jobs = j;
     n_wake = j->n_pieces - 1 < a->n_idle ? j->n_pieces - 1 : a->n_idle;
     a->stats.n_wakes += n_wake;
     while (n_wake-- > 0)
@@ -143,18 +144,16 @@ static void start_job(struct attend *a, struct attend_job *j)
     complete_all(a, ended, n_ended);
 }
 
-/* Makes a job of what is next in the queue. By lock, which is given up meanwhile. */
-static void form_job(struct attend *a)
+/* Makes a job of what is next in a tenant's queue. By lock, which is given up meanwhile. */
+static void form_job(struct attend *a, struct attend_tenant *t)
 {
     struct attend_request *members[ATTEND_MEMBERS_MAX];
-    uint32_t n = attend_queue_take(a, members), n_in = n;
-    struct attend_tenant *t = members[0]->ring->tenant;
-    double nsec_per_unit = a->nsec_per_unit, tag = members[0]->tag;
+    uint32_t n = attend_queue_take(a, t, members), n_in = n;
+    double nsec_per_unit = a->nsec_per_unit;
     uint64_t slice_usec = a->limits.slice_usec, now;
     struct attend_job *j = NULL;
     int r;
 
-    a->n_jobs++;
     t->n_jobs++;
     pthread_mutex_unlock(&a->lock);
     now = attend_now_usec();
@@ -166,19 +165,17 @@ static void form_job(struct attend *a)
         members[i]->begun_usec = now;
     pthread_mutex_lock(&a->lock);
     if (r == 0) {
-        j->tag = tag;
         for (uint32_t i = n_in; i < n; i++)
             attend_queue_return(a, members[i]);
         start_job(a, j);
         return;
     }
-    a->n_jobs--;
     t->n_jobs--;
     pthread_cond_broadcast(&a->job_ended);
     if (r == -EAGAIN) {
         for (uint32_t i = 0; i < n; i++)
             attend_queue_return(a, members[i]);
-        a->blocked = t->n_jobs > 0; /* until one of them ends */
+        t->blocked = t->n_jobs > 0; /* until one of them ends */
         return;
     }
     for (uint32_t i = 0; i < n; i++)
@@ -190,14 +187,17 @@ static void form_job(struct attend *a)
 static struct attend_job *take_piece(struct attend *a, struct attend_piece *ret)
 {
     for (;;) {
-        struct attend_job *j = next_job(a);
+        struct attend_tenant *t = attend_queue_tenant(a);
+        struct attend_job *j = t ? attend_queue_job(t) : NULL;
 
-        if (a->n_heap && !a->blocked && a->n_jobs < ATTEND_JOBS_MAX && (!j || a->heap[0]->tag < j->tag)) {
-            form_job(a);
+        if (!t)
+            return NULL;
+        if (attend_queue_first(t, j)) {
+            form_job(a, t);
             continue;
         }
-        if (j)
-            *ret = j->pieces[j->next_piece++];
+        *ret = j->pieces[j->next_piece++];
+        t->served += attend_piece_units(j, ret);
         return j;
     }
 }
@@ -212,12 +212,16 @@ static void finish_piece(struct attend *a, struct attend_job *j, const struct at
     for (uint32_t m = 0; m < s->n_members; m++) {
         uint32_t member = j->order[s->member0 + m], n_rows = j->n_rows[member];
 
-        if (row < p->row1 && row + n_rows > p->row0 && --j->members[member]->n_left == 0)
+        if (row < p->row1 && row + n_rows > p->row0 && --j->members[member]->n_left == 0) {
             ended[n_ended++] = j->members[member];
+            j->tags[member] = INFINITY;
+        }
         row += n_rows;
     }
+    if (n_ended)
+        find_tag(j);
     if (--j->n_left == 0) {
-        struct attend_job **at = &a->jobs;
+        struct attend_job **at = &j->tenant->jobs;
 
         while (*at != j)
             at = &(*at)->next;
@@ -274,7 +278,8 @@ static void lock_rings(struct attend *a)
     pthread_mutex_lock(&a->rings_lock);
 }
 
-static void spin(struct attend *a, uint64_t usec)
+/* True: something came. */
+static bool spin(struct attend *a, uint64_t usec)
 {
     uint64_t until = attend_now_usec() + usec;
     bool any = false;
@@ -287,17 +292,33 @@ static void spin(struct attend *a, uint64_t usec)
             __builtin_ia32_pause();
         }
     }
+    return any;
+}
+
+/* Looking pays only if something comes while one looks: after a look in vain the next is half as long. From time to time a whole one,
+ * to see whether that has changed. */
+static uint64_t spin_usec(struct attend *a)
+{
+    if (a->config.n_cpus == 1)
+        return 0;
+    if (a->n_vain >= 6 && ++a->n_vain % SPIN_AGAIN == 0)
+        return a->limits.spin_usec;
+    return a->n_vain < 6 ? a->limits.spin_usec >> a->n_vain : 0;
 }
 
 /* Returns when there may be something to take, or the end. */
-static void watch(struct attend *a, uint64_t spin_usec)
+static void watch(struct attend *a, uint64_t usec)
 {
     struct epoll_event events[16];
     bool any;
 
-    spin(a, spin_usec);
+    any = spin(a, usec);
+    if (usec && any)
+        a->n_vain = 0;
+    else if (usec && a->n_vain < 6)
+        a->n_vain++;
     lock_rings(a);
-    any = anything(a);
+    any = any || anything(a);
     if (!any) {
         set_awake(a, 0);
         atomic_thread_fence(memory_order_seq_cst); /* partner: a worker's, between submit_tail and attend_awake */
@@ -339,11 +360,11 @@ static void *attend_thread(void *ctx)
             pthread_mutex_unlock(&a->lock);
             break;
         } else if (!a->watched) {
-            uint64_t spin_usec = a->config.n_cpus > 1 ? a->limits.spin_usec : 0;
+            uint64_t usec = spin_usec(a);
 
             a->watched = true;
             pthread_mutex_unlock(&a->lock);
-            watch(a, spin_usec);
+            watch(a, usec);
             pthread_mutex_lock(&a->lock);
             a->watched = false;
         } else {
@@ -421,7 +442,7 @@ struct attend *attend_destroy(struct attend *a)
         abort(); /* an eventfd of ours cannot refuse */
     for (unsigned i = 0; i < a->n_threads; i++)
         pthread_join(a->threads[i], NULL);
-    assert(a->n_rings == 0 && !a->tenants && a->n_heap == 0 && a->n_jobs == 0);
+    assert(a->n_rings == 0 && !a->tenants && a->n_waiting == 0);
     if (a->epoll_fd >= 0)
         close(a->epoll_fd);
     if (a->stop_fd >= 0)
@@ -432,7 +453,6 @@ struct attend *attend_destroy(struct attend *a)
     pthread_mutex_destroy(&a->rings_lock);
     free(a->threads);
     free(a->buckets);
-    free(a->heap);
     free(a->rings);
     free(a);
     return NULL;
@@ -475,7 +495,7 @@ void attend_measure(struct attend *a, struct metrics *m)
     m->attend_wakes = s->n_wakes;
     m->attend_wait = s->wait;
     m->attend_compute = s->took;
-    m->attend_waiting = a->n_heap;
+    m->attend_waiting = a->n_waiting;
     m->attend_queue_bytes = a->bytes;
     m->attend_rings = a->n_rings;
     pthread_mutex_unlock(&a->lock);
@@ -497,6 +517,7 @@ static void tenant_free(struct attend_tenant *t)
     free((void *)t->words);
     free(t->free_words);
     free(t->header);
+    free(t->heap);
     free(t);
 }
 
@@ -528,8 +549,10 @@ int attend_tenant_create(struct attend *a, struct cache *cache, struct attend_te
         return r;
     }
     knock(a);
+    pthread_mutex_lock(&a->lock);
     t->next = a->tenants;
     a->tenants = t;
+    pthread_mutex_unlock(&a->lock);
     pthread_mutex_unlock(&a->rings_lock);
     *ret = t;
     return 0;
@@ -542,17 +565,19 @@ struct attend_tenant *attend_tenant_destroy(struct attend_tenant *t)
     if (!t)
         return NULL;
     a = t->attend;
+    pthread_mutex_lock(&a->lock);
+    while (t->n_jobs || t->n_active)
+        pthread_cond_wait(&a->job_ended, &a->lock);
+    pthread_mutex_unlock(&a->lock);
     knock(a);
+    pthread_mutex_lock(&a->lock);
     for (struct attend_tenant **at = &a->tenants; *at; at = &(*at)->next)
         if (*at == t) {
             *at = t->next;
             break;
         }
-    pthread_mutex_unlock(&a->rings_lock);
-    pthread_mutex_lock(&a->lock);
-    while (t->n_jobs || t->n_active)
-        pthread_cond_wait(&a->job_ended, &a->lock);
     pthread_mutex_unlock(&a->lock);
+    pthread_mutex_unlock(&a->rings_lock);
     cache_page_remove(t->cache, &t->page);
     tenant_free(t);
     return NULL;

@@ -331,7 +331,7 @@ static int make_pieces(struct attend_job *j, double nsec_per_unit, uint64_t slic
 
 /* ---- life ---- */
 
-/* What each pays for: its rows' part of what it shares. */
+/* What each pays for: its rows' part of what it shares. And what it would have read by itself. */
 static void share_costs(struct attend_job *j)
 {
     const struct attend_kind *k = &j->kind;
@@ -340,7 +340,6 @@ static void share_costs(struct attend_job *j)
         struct attend_request *rq = j->members[i];
 
         rq->n_together = j->n_members;
-        rq->needed_bytes = (uint64_t)rq->n_refs * k->part->tile.bytes * k->n_kv_heads;
         rq->shared_cost = 0;
         j->wants_mass |= rq->block_lse != NULL;
     }
@@ -348,10 +347,16 @@ static void share_costs(struct attend_job *j)
         const struct attend_segment *s = &j->segments[i];
         double units = attend_units((uint64_t)s->n * k->space->block_tokens, k->n_kv_heads, s->n_rows, k->dim_k + k->params.dim_o);
 
+        uint64_t bytes = 0;
+
+        for (uint32_t b = s->block0; b < s->block0 + s->n; b++)
+            if (j->blocks[b].payload)
+                bytes += (uint64_t)(j->blocks[b].first ? k->part_first : k->part)->tile.bytes * k->n_kv_heads;
         for (uint32_t m = 0; m < s->n_members; m++) {
             struct attend_request *rq = j->members[j->order[s->member0 + m]];
 
             rq->shared_cost += units * rq->n_rows / s->n_rows;
+            rq->needed_bytes += bytes;
         }
     }
 }

@@ -1,21 +1,23 @@
-/* Who is next: fair queueing between workers, and what belongs together.
+/* Who is next: fair queueing between tenants and between the workers of each, and what belongs together.
  *
- * Each request has a cost (attend_units(): about proportional to its time) and gets a tag when it arrives:
+ * Work is measured in units (attend_units(): about proportional to time), and done in pieces. Before each piece:
  *
- *   start = max(virtual time, tag of its worker's last request)      tag = start + cost * workers of its tenant that have requests
+ * 1. The tenant is chosen that was served least. One that has asked for nothing for a while starts level with the least served of the
+ *    others: it gets its share from then on, and no more for having waited.
+ * 2. Among its workers' requests the smallest tag is next. A request gets it when it arrives:
  *
- * The smallest tag is next, also in the middle of another job: jobs are cut into pieces, and between two pieces a request with a smaller
- * tag goes first. Virtual time is the start of the latest request that has begun. So
- *   - a small request of a worker that asked for nothing lately has a smaller tag than a large one that runs, and waits for a piece at most;
- *   - a worker that asks for much gets its share and no more: its tags run ahead of virtual time;
- *   - a tenant does not get more by having more workers;
- *   - nobody waits for ever: tags of those that come later grow with virtual time.
- * What was saved by sharing is given back to the tags of those that shared (attend_job.c says how much). Start-time fair queueing: Goyal,
- * Vin, Cheng, SIGCOMM 1996.
+ *      start = max(virtual time of the tenant, tag of the worker's last request)          tag = start + cost
+ *
+ *    also in the middle of a job: a request with a smaller tag than the job at work goes first. Virtual time is the start of the latest request
+ *    that has begun. So a small request of a worker that asked for little lately has a smaller tag than a large one that runs, and waits for a
+ *    piece at most; a worker that asks for much gets its share, as its tags run ahead of virtual time; and nobody waits for ever, as
+ *    later tags grow with it. What was saved by sharing is given back to the tags of those who shared. Start-time fair queueing:
+ *    Goyal, Vin, Cheng, SIGCOMM 1996.
  *
  * Requests are in a heap by tag and in buckets by what they have in common; a request costs O(log n) in the one and O(1) in the other. */
 #include <assert.h>
 #include <errno.h>
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -23,7 +25,8 @@
 
 /* Cost of a token of one KV head: reading it, and using it for each row. Measured with the AVX-512 variant: about so many rows cost as
  * much as the first look at a token's codes. */
-#define ROWS_PER_LOOK 8.0
+#define ROWS_PER_LOOK 2.0
+#define ALIKE 4.0 /* costs of requests that are computed together are within this factor */
 
 double attend_units(uint64_t n_tokens, uint32_t n_kv_heads, uint32_t n_rows, uint32_t dims)
 {
@@ -37,43 +40,43 @@ static bool before(const struct attend_request *a, const struct attend_request *
     return a->tag < b->tag || (a->tag == b->tag && a->taken_usec < b->taken_usec);
 }
 
-static void heap_put(struct attend *a, uint32_t at, struct attend_request *rq)
+static void heap_put(struct attend_tenant *t, uint32_t at, struct attend_request *rq)
 {
-    a->heap[at] = rq;
+    t->heap[at] = rq;
     rq->heap_at = at;
 }
 
-static void heap_up(struct attend *a, uint32_t at, struct attend_request *rq)
+static void heap_up(struct attend_tenant *t, uint32_t at, struct attend_request *rq)
 {
-    for (; at > 0 && before(rq, a->heap[(at - 1) / 2]); at = (at - 1) / 2)
-        heap_put(a, at, a->heap[(at - 1) / 2]);
-    heap_put(a, at, rq);
+    for (; at > 0 && before(rq, t->heap[(at - 1) / 2]); at = (at - 1) / 2)
+        heap_put(t, at, t->heap[(at - 1) / 2]);
+    heap_put(t, at, rq);
 }
 
-static void heap_down(struct attend *a, uint32_t at, struct attend_request *rq)
+static void heap_down(struct attend_tenant *t, uint32_t at, struct attend_request *rq)
 {
-    for (uint32_t child; (child = 2 * at + 1) < a->n_heap; at = child) {
-        if (child + 1 < a->n_heap && before(a->heap[child + 1], a->heap[child]))
+    for (uint32_t child; (child = 2 * at + 1) < t->n_heap; at = child) {
+        if (child + 1 < t->n_heap && before(t->heap[child + 1], t->heap[child]))
             child++;
-        if (!before(a->heap[child], rq))
+        if (!before(t->heap[child], rq))
             break;
-        heap_put(a, at, a->heap[child]);
+        heap_put(t, at, t->heap[child]);
     }
-    heap_put(a, at, rq);
+    heap_put(t, at, rq);
 }
 
-static void heap_remove(struct attend *a, struct attend_request *rq)
+static void heap_remove(struct attend_tenant *t, struct attend_request *rq)
 {
     uint32_t at = rq->heap_at;
-    struct attend_request *last = a->heap[--a->n_heap];
+    struct attend_request *last = t->heap[--t->n_heap];
 
-    assert(a->heap[at] == rq || last == rq);
+    assert(t->heap[at] == rq || last == rq);
     if (last == rq)
         return;
-    if (at > 0 && before(last, a->heap[(at - 1) / 2]))
-        heap_up(a, at, last);
+    if (at > 0 && before(last, t->heap[(at - 1) / 2]))
+        heap_up(t, at, last);
     else
-        heap_down(a, at, last);
+        heap_down(t, at, last);
 }
 
 /* ---- buckets ---- */
@@ -135,39 +138,63 @@ static void bucket_remove(struct attend *a, struct attend_request *rq)
 
 /* ---- queue ---- */
 
-static int heap_room(struct attend *a)
+static int heap_room(struct attend_tenant *t)
 {
-    uint32_t room = a->heap_room ? a->heap_room * 2 : 256;
+    uint32_t least = t->n_heap + 1 + ATTEND_JOBS_MAX * ATTEND_MEMBERS_MAX, room = t->heap_room;
     struct attend_request **grown;
 
     /* Requests that are being worked on may come back: each has its place. */
-    if (a->n_heap + ATTEND_JOBS_MAX * ATTEND_MEMBERS_MAX < a->heap_room)
+    if (least <= room)
         return 0;
-    if (room < a->n_heap + 2 * ATTEND_JOBS_MAX * ATTEND_MEMBERS_MAX)
-        room = a->n_heap + 2 * ATTEND_JOBS_MAX * ATTEND_MEMBERS_MAX;
-    grown = realloc(a->heap, room * sizeof(*grown));
+    while (room < least)
+        room = room ? room * 2 : 1024;
+    grown = realloc(t->heap, room * sizeof(*grown));
     if (!grown)
         return -ENOMEM;
-    a->heap = grown;
-    a->heap_room = room;
+    t->heap = grown;
+    t->heap_room = room;
     return 0;
+}
+
+static bool active(const struct attend_tenant *t)
+{
+    return t->n_heap || t->n_jobs;
+}
+
+/* A tenant asks again: level with the least served of those that ask. */
+static void catch_up(const struct attend *a, struct attend_tenant *t)
+{
+    double least = INFINITY;
+
+    for (const struct attend_tenant *other = a->tenants; other; other = other->next)
+        if (other != t && active(other) && other->served < least)
+            least = other->served;
+    if (isfinite(least) && t->served < least)
+        t->served = least;
 }
 
 static void wait_again(struct attend *a, struct attend_request *rq)
 {
+    struct attend_tenant *t = rq->ring->tenant;
+
     rq->state = ATTEND_WAITING;
-    heap_up(a, a->n_heap++, rq);
+    heap_up(t, t->n_heap++, rq);
     bucket_add(a, rq);
+    a->n_waiting++;
 }
 
 int attend_queue_add(struct attend *a, struct attend_request *rq)
 {
     struct attend_ring *ring = rq->ring;
+    struct attend_tenant *t = ring->tenant;
+    const struct attend_kind *k = &rq->kind;
 
-    if (heap_room(a) < 0)
+    if (heap_room(t) < 0)
         return -ENOMEM;
+    if (!active(t))
+        catch_up(a, t);
     if (!ring->requests)
-        ring->tenant->n_active++;
+        t->n_active++;
     rq->prev = NULL;
     rq->next = ring->requests;
     if (rq->next)
@@ -176,10 +203,9 @@ int attend_queue_add(struct attend *a, struct attend_request *rq)
     ring->n_refs++;
     ring->bytes += rq->bytes;
     a->bytes += rq->bytes;
-    rq->cost = attend_units((uint64_t)rq->n_refs * rq->kind.space->block_tokens, rq->kind.n_kv_heads, rq->n_rows, rq->kind.dim_k + rq->kind.params.dim_o);
-    rq->weight = ring->tenant->n_active;
-    rq->start = ring->finish > a->now ? ring->finish : a->now;
-    rq->tag = ring->finish = rq->start + rq->cost * rq->weight;
+    rq->cost = attend_units((uint64_t)rq->n_refs * k->space->block_tokens, k->n_kv_heads, rq->n_rows, k->dim_k + k->params.dim_o);
+    rq->start = ring->finish > t->now ? ring->finish : t->now;
+    rq->tag = ring->finish = rq->start + rq->cost;
     rq->hash = hash_of(a, rq);
     wait_again(a, rq);
     return 0;
@@ -192,18 +218,44 @@ void attend_queue_return(struct attend *a, struct attend_request *rq)
 
 void attend_queue_remove(struct attend *a, struct attend_request *rq)
 {
-    heap_remove(a, rq);
+    heap_remove(rq->ring->tenant, rq);
     bucket_remove(a, rq);
     rq->state = ATTEND_WORKING;
+    a->n_waiting--;
 }
 
-uint32_t attend_queue_take(struct attend *a, struct attend_request **ret)
+struct attend_job *attend_queue_job(const struct attend_tenant *t)
 {
-    struct attend_request *first = a->heap[0], *next;
+    struct attend_job *best = NULL;
+
+    for (struct attend_job *j = t->jobs; j; j = j->next)
+        if (j->next_piece < j->n_pieces && (!best || j->tag < best->tag))
+            best = j;
+    return best;
+}
+
+bool attend_queue_first(const struct attend_tenant *t, const struct attend_job *job)
+{
+    return t->n_heap && !t->blocked && t->n_jobs < ATTEND_JOBS_MAX && (!job || t->heap[0]->tag < job->tag);
+}
+
+struct attend_tenant *attend_queue_tenant(const struct attend *a)
+{
+    struct attend_tenant *best = NULL;
+
+    for (struct attend_tenant *t = a->tenants; t; t = t->next)
+        if ((!best || t->served < best->served) && (attend_queue_first(t, NULL) || attend_queue_job(t)))
+            best = t;
+    return best;
+}
+
+uint32_t attend_queue_take(struct attend *a, struct attend_tenant *t, struct attend_request **ret)
+{
+    struct attend_request *first = t->heap[0], *next;
     uint32_t n = 0;
 
-    if (first->start > a->now)
-        a->now = first->start;
+    if (first->start > t->now)
+        t->now = first->start;
     ret[n++] = first;
     next = a->buckets[first->hash % ATTEND_BUCKETS].first;
     attend_queue_remove(a, first);
@@ -211,7 +263,8 @@ uint32_t attend_queue_take(struct attend *a, struct attend_request **ret)
         struct attend_request *rq = next;
 
         next = rq->bucket_next;
-        if (rq == first || !attend_same_kind(rq, first))
+        /* Those of about its size: a small one that took large ones along would wait for them, and they need it least. */
+        if (rq == first || !attend_same_kind(rq, first) || rq->cost > first->cost * ALIKE || rq->cost * ALIKE < first->cost)
             continue;
         attend_queue_remove(a, rq);
         ret[n++] = rq;

@@ -238,7 +238,7 @@ uint64_t attend_piece_run(const struct attend *a, struct attend_job *j, const st
             return bytes;
         }
         merge(j, p, head, &n, n_blocks);
-        bytes += head_bytes;
+        bytes += p->row0 ? 0 : head_bytes; /* for the rows that come after, they are in the cache */
     }
     return bytes;
 }
