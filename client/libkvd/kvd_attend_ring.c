@@ -52,7 +52,7 @@ struct attend_ring {
     struct ring_view view;
     const _Atomic uint32_t *awake; /* of the daemon: somebody looks at the rings by himself */
     int bell;
-    bool spins;               /* more than one processor */
+    _Atomic uint32_t n_vain;  /* times in a row that spinning for an answer was in vain: the next time is shorter */
     uint32_t tail;            /* by lock: submissions written */
     uint32_t head;            /* by lock: completions read */
     uint64_t request_max_bytes, memory_max_bytes;
@@ -243,7 +243,6 @@ static int ring_make(struct life *life, struct attend_ring **ret)
     pthread_mutex_init(&ring->lock, NULL);
     pthread_mutex_init(&ring->grow_lock, NULL);
     ring->bell = -1;
-    ring->spins = sysconf(_SC_NPROCESSORS_ONLN) > 1;
     ring->awake = &life->view.header->attend_awake;
     ring_view_init(&ring->view, life->rings, n);
     ring->slots = calloc(n, sizeof(*ring->slots));
@@ -549,7 +548,7 @@ static int reason_error(uint64_t cookie, const struct slot *s)
     return error_set(cookie, ring_reason_error(d->reason), "%s", ring_reason_text(d->reason, given, d->allowed, text, sizeof(text)));
 }
 
-/* Ends a ticket whose completion has come. By lock, which is given up while results are copied. */
+/* Ends (but for KVD_E_TIMEOUT) a ticket whose completion has come. By lock, which is given up while results are copied. */
 static int finish(const struct life *life, struct attend_ring *ring, struct slot *s)
 {
     int r = 0;
@@ -561,23 +560,39 @@ static int finish(const struct life *life, struct attend_ring *ring, struct slot
     } else {
         r = reason_error(life->cookie, s);
     }
-    free_slot(ring, s);
+    if (r != KVD_E_TIMEOUT) /* then the ticket stays, as with a wait that was too short, until it is cancelled */
+        free_slot(ring, s);
     return r;
+}
+
+/* How long to look before sleeping: not at all where it did not help lately (the daemon on the same processor, or much to compute), but
+ * from time to time. */
+static uint64_t spin_usec(struct attend_ring *ring)
+{
+    uint32_t n = atomic_load_explicit(&ring->n_vain, memory_order_relaxed);
+
+    if (n < 5)
+        return SPIN_USEC >> n;
+    return atomic_fetch_add_explicit(&ring->n_vain, 1, memory_order_relaxed) % 64 == 0 ? SPIN_USEC : 0;
 }
 
 /* Waits until completions come that were not there when `seen` was read, or for usec. */
 static void await(struct attend_ring *ring, uint32_t seen, uint64_t usec, bool may_spin)
 {
     struct shm_rings *w = ring->view.words;
-    uint64_t until = may_spin && ring->spins ? now_usec() + (usec < SPIN_USEC ? usec : SPIN_USEC) : 0;
+    uint64_t spin = may_spin ? spin_usec(ring) : 0, until = spin ? now_usec() + (usec < spin ? usec : spin) : 0;
     struct timespec left = {.tv_sec = (time_t)(usec / 1000000), .tv_nsec = (long)(usec % 1000000) * 1000};
 
     while (until && now_usec() < until)
         for (int i = 0; i < 32; i++) {
-            if (atomic_load_explicit(&w->done_tail, memory_order_acquire) != seen)
+            if (atomic_load_explicit(&w->done_tail, memory_order_acquire) != seen) {
+                atomic_store_explicit(&ring->n_vain, 0, memory_order_relaxed);
                 return;
+            }
             __builtin_ia32_pause();
         }
+    if (spin && atomic_load_explicit(&ring->n_vain, memory_order_relaxed) < 5)
+        atomic_fetch_add_explicit(&ring->n_vain, 1, memory_order_relaxed);
     /* seq_cst, then the look that the kernel takes: partner of the daemon's store of done_tail and its look at sleepers. */
     atomic_fetch_add_explicit(&w->sleepers, 1, memory_order_seq_cst);
     syscall(SYS_futex, &w->done_tail, FUTEX_WAIT, seen, &left, NULL, 0);
