@@ -44,6 +44,14 @@ BENCHES += bench/bench_attach
 bench_bench_attach_SOURCES = bench/bench_attach.c bench/bench.h
 bench_bench_attach_LDADD = $(KVD_TEST_LIBS)
 
+BENCHES += bench/bench_ring
+bench_bench_ring_SOURCES = bench/bench_ring.c bench/bench.h
+bench_bench_ring_LDADD = $(KVD_TEST_LIBS)
+
+BENCHES += bench/bench_batch
+bench_bench_batch_SOURCES = bench/bench_batch.c bench/bench.h
+bench_bench_batch_LDADD = $(KVD_TEST_LIBS)
+
 SCRIPT_BENCHES += bench/bench_fidelity.sh
 
 # What bench_attend is compared with: built by its script, against a libggml that no Debian package has.
