@@ -52,6 +52,12 @@ BENCHES += bench/bench_batch
 bench_bench_batch_SOURCES = bench/bench_batch.c bench/bench.h
 bench_bench_batch_LDADD = $(KVD_TEST_LIBS)
 
+if GRPC
+BENCHES += bench/bench_grpc
+bench_bench_grpc_SOURCES = bench/bench_grpc.c bench/bench.h
+bench_bench_grpc_LDADD = $(KVD_TEST_LIBS) $(KVD_RPC_LIBS)
+endif
+
 SCRIPT_BENCHES += bench/bench_fidelity.sh
 
 # What bench_attend is compared with: built by its script, against a libggml that no Debian package has.
