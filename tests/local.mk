@@ -161,6 +161,12 @@ SUITES += tests/test_kill
 tests_test_kill_SOURCES = tests/test_kill.c
 tests_test_kill_LDADD = $(KVD_TEST_LIBS) $(TEST_LIBS)
 
+if GRPC
+SUITES += tests/test_grpc_wire
+tests_test_grpc_wire_SOURCES = tests/test_grpc_wire.c
+tests_test_grpc_wire_LDADD = $(KVD_TEST_LIBS) $(TEST_LIBS)
+endif
+
 FUZZ_TARGETS += tests/fuzz/fuzz_message
 tests_fuzz_fuzz_message_SOURCES = tests/fuzz/fuzz_message.c
 tests_fuzz_fuzz_message_LDADD = $(KVD_PROTO_LIBS) $(FUZZ_LIBS)
