@@ -203,6 +203,14 @@ tests_fuzz_fuzz_request_LDADD = $(KVD_DAEMON_LIBS) $(FUZZ_LIBS)
 tests_fuzz_fuzz_request_LDFLAGS = $(FUZZ_LINK) $(KVD_FAULT_WRAP)
 EXTRA_DIST += tests/fuzz/corpus/request
 
+if GRPC
+FUZZ_TARGETS += tests/fuzz/fuzz_grpc
+tests_fuzz_fuzz_grpc_SOURCES = tests/fuzz/fuzz_grpc.c
+tests_fuzz_fuzz_grpc_LDADD = $(KVD_DAEMON_LIBS) $(FUZZ_LIBS)
+tests_fuzz_fuzz_grpc_LDFLAGS = $(FUZZ_LINK) $(KVD_FAULT_WRAP)
+endif
+EXTRA_DIST += tests/fuzz/corpus/grpc
+
 FUZZ_TARGETS += tests/fuzz/fuzz_page
 tests_fuzz_fuzz_page_SOURCES = tests/fuzz/fuzz_page.c
 tests_fuzz_fuzz_page_LDADD = $(KVD_STORE_LIBS) $(FUZZ_LIBS)

@@ -1,0 +1,360 @@
+/* What a gRPC peer may say, in any order, to the daemon's own handlers: messages of any method with any body, unpacked as the rpc thread
+ * and its helpers unpack them, on a connection whose thread is played by this program. Each call comes back exactly once a message; what
+ * a reply says of its length is so; when the connection is gone, nothing is held, staged or charged, and every invariant of the cache
+ * holds.
+ *
+ * The input is a list of | method | length u16 | body |. Method 254: the call before is cancelled (its work, if it has some, is given up);
+ * 255: its stream ends. A call that is still streaming takes the bodies of the next items with the same method.
+ *
+ * Loop and helper thread outlive a run, tenants and their caches live for RUNS_A_LIFE runs, as in fuzz_request.c. */
+#include <errno.h>
+#include <fcntl.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include "daemon/attend.h"
+#include "daemon/flight_requests.h"
+#include "daemon/publish.h"
+#include "daemon/rpc-internal.h"
+#include "daemon/tenants.h"
+#include "daemon/walk.h"
+#include "proto/kvd.pb-c.h"
+
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
+
+enum { ITEMS_MAX = 64, RUNS_A_LIFE = 64, STREAMED_MAX = 64, CANCEL = 254, END = 255 };
+
+static void must(int r)
+{
+    if (r < 0)
+        abort();
+}
+
+static int on_timer(sd_event_source *source, uint64_t usec, void *ctx)
+{
+    struct daemon *d = ctx;
+
+    (void)source;
+    (void)usec;
+    d->timer_usec = UINT64_MAX;
+    return 0;
+}
+
+static const char *const settings[][2] = {
+    {"host_bytes", "8M"}, {"slab_bytes", "2M"}, {"hugepages", "off"}, {"index_entries", "32"}, {"spaces_max", "4"},
+    {"leases", "64"}, {"staging_bytes", "64K"}, {"stagings", "3"}, {"publish_blocks", "8"}, {"publish_worker_blocks", "16"},
+    {"log_level", "error"}, {"grpc_prefixes", "4"}, {"grpc_message_bytes", "64K"}, {"grpc_memory", "4M"},
+};
+
+/* The front without its thread: what is sent to it stays in the list, where this program takes it (kicked: nobody is to be woken). */
+static struct rpc *make_rpc(struct daemon *d)
+{
+    struct rpc *rpc = calloc(1, sizeof(*rpc));
+
+    if (!rpc)
+        abort();
+    rpc->daemon = d;
+    rpc->attn = attn_ops_choose(&d->cpu);
+    rpc->total.limit_bytes = 4 << 20;
+    rpc->message_bytes = 64 << 10;
+    rpc->conn_calls = 8;
+    rpc->calls_max = 8;
+    rpc->to_loop_last = &rpc->to_loop;
+    rpc->to_rpc_last = &rpc->to_rpc;
+    rpc->kicked = true;
+    pthread_mutex_init(&rpc->lock, NULL);
+    return rpc;
+}
+
+static struct daemon *make_daemon(void)
+{
+    struct attend_config attend = {.n_threads = 1, .n_cpus = 1, .n_words = 64}; /* no ring, so no thread */
+    struct daemon *d = calloc(1, sizeof(*d));
+
+    if (!d)
+        abort();
+    d->timer_usec = UINT64_MAX;
+    log_init(&d->log, open("/dev/null", O_WRONLY | O_CLOEXEC), LOG_ERROR, daemon_now_usec);
+    cpu_detect(&d->cpu);
+    d->codec = codec_ops_choose(&d->cpu);
+    d->crc32c = crc32c_choose(&d->cpu);
+    must(sd_event_default(&d->event));
+    must(sd_event_add_time(d->event, &d->timer, CLOCK_MONOTONIC, 0, 1000, on_timer, d));
+    must(sd_event_source_set_enabled(d->timer, SD_EVENT_OFF));
+    must(sd_event_add_defer(d->event, &d->reaper, sessions_reap, d));
+    must(sd_event_source_set_enabled(d->reaper, SD_EVENT_OFF));
+    must(wire_init(&d->wire));
+    must(key_hasher_create(&d->hasher));
+    must(publishing_create(&d->publishing));
+    must(flights_create(64, 32, 16, flight_request_told, d, &d->flights));
+    must(jobs_create(d->event, 1, &d->jobs));
+    attend.ops = attn_ops_choose(&d->cpu);
+    attend.codec = d->codec;
+    must(attend_create(&attend, &d->attend));
+    d->rpc = make_rpc(d);
+    return d;
+}
+
+static void begin_life(struct daemon *d)
+{
+    struct option_error error;
+
+    must(options_init(&d->options));
+    for (size_t i = 0; i < sizeof(settings) / sizeof(settings[0]); i++)
+        must(option_set(&d->options, option_find(settings[i][0]), settings[i][1], &id_resolver_system, &error));
+    d->budget = (struct budget){.limit_bytes = d->options.host_bytes, .hugepages = SLAB_HUGE_OFF};
+    must(tenants_apply(d));
+}
+
+static void end_life(struct daemon *d)
+{
+    tenants_destroy(d);
+    if (d->budget.used_bytes)
+        abort();
+    options_deinit(&d->options);
+}
+
+static bool spare_coming(const struct daemon *d)
+{
+    for (const struct tenant *t = d->tenants->first; t; t = t->next)
+        if (t->spare_coming)
+            return true;
+    return false;
+}
+
+static void settle(struct daemon *d)
+{
+    for (int i = 0; i < 10000; i++) {
+        bool busy = publishing_blocks(d->publishing) || d->n_walks || jobs_waiting(d->jobs) || spare_coming(d);
+
+        if (sd_event_run(d->event, busy ? 1000 : 0) == 0 && !busy)
+            return;
+    }
+    abort(); /* something goes on for ever */
+}
+
+/* ---- the rpc thread's part ---- */
+
+/* The next that the loop has sent; waits for it if asked. NULL: nothing. */
+static struct rpc_post *take_post(struct daemon *d, bool wait)
+{
+    struct rpc *rpc = d->rpc;
+
+    for (int i = 0; i < 10000; i++) {
+        struct rpc_post *post = rpc->to_rpc;
+
+        if (post) {
+            rpc->to_rpc = post->next;
+            if (!rpc->to_rpc)
+                rpc->to_rpc_last = &rpc->to_rpc;
+            if (post != &rpc->apply_post)
+                return post;
+            rpc->apply_posted = false; /* health has changed, which no call here asks for */
+            continue;
+        }
+        if (!wait)
+            return NULL;
+        must(sd_event_run(d->event, 1000));
+    }
+    abort(); /* a call has not come back */
+}
+
+static struct rpc_conn *open_conn(struct daemon *d, int *ret_peer)
+{
+    int fds[2];
+    struct rpc_post *post;
+
+    must(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0, fds));
+    *ret_peer = fds[1];
+    rpc_accept(d, fds[0]);
+    post = take_post(d, false);
+    if (!post || !d->rpc->all || post != &d->rpc->all->open_post)
+        abort();
+    return d->rpc->all;
+}
+
+static struct rpc_call *call_begin(struct rpc_conn *conn, const struct rpc_method *method)
+{
+    struct rpc_call *c = calloc(1, sizeof(*c));
+
+    if (!c)
+        abort();
+    c->conn = conn;
+    c->method = method;
+    c->deadline_usec = UINT64_MAX;
+    return c;
+}
+
+static void forget(struct rpc_call *c)
+{
+    arena_deinit(&c->arena);
+    free(c->body);
+    free(c->reply);
+    c->body = c->reply = NULL;
+    c->message = NULL;
+    c->n_reply = 0;
+    rpc_total_give(&c->conn->rpc->total, c->n_charged);
+    c->n_charged = 0;
+}
+
+/* Hands it to the loop, and waits until it is back. */
+static void give(struct daemon *d, struct rpc_call *c, enum rpc_step step)
+{
+    struct rpc_post *post;
+
+    c->step = step;
+    c->send = c->want = c->end = false;
+    rpc_call_arrived(&c->post);
+    post = take_post(d, true);
+    if (post != &c->post || d->rpc->to_rpc || c->send + c->want + c->end == 0)
+        abort();
+    if (c->send && (c->n_reply > c->conn->rpc->message_bytes || !c->reply))
+        abort();
+    if (c->end && c->has_work)
+        abort();
+}
+
+static struct rpc_call *call_end(struct rpc_call *c)
+{
+    forget(c);
+    c->step = STEP_GONE;
+    if (c->has_work)
+        rpc_call_arrived(&c->post); /* which frees it */
+    else
+        free(c);
+    return NULL;
+}
+
+/* One message for it; NULL: the call has ended. */
+static struct rpc_call *say(struct daemon *d, struct rpc_call *c, const uint8_t *body, size_t n)
+{
+    if (n % 2) { /* the small way: unpacked before it is handed over */
+        c->message = arena_unpack(&c->arena, &d->rpc->total, c->method->input, body, n);
+        if (!c->message)
+            return call_end(c);
+    } else {
+        c->body = malloc(n + 1);
+        if (!c->body)
+            abort();
+        memcpy(c->body, body, n);
+        c->n_body = n;
+    }
+    give(d, c, STEP_MESSAGE);
+    for (int i = 0; i < STREAMED_MAX && c->send && !c->end; i++) {
+        forget(c);
+        give(d, c, STEP_SENT);
+    }
+    if (!c->want)
+        return call_end(c);
+    forget(c);
+    return c;
+}
+
+static struct rpc_call *end_stream(struct daemon *d, struct rpc_call *c)
+{
+    give(d, c, STEP_END);
+    return call_end(c);
+}
+
+/* ---- the end of a run ---- */
+
+static void end_conn(struct daemon *d, int peer)
+{
+    struct rpc_post *post;
+
+    close(peer);
+    settle(d); /* the hang-up is seen */
+    for (struct session *s = d->sessions; s; s = s->next)
+        session_close(s, NULL);
+    settle(d);
+    post = take_post(d, true);
+    if (!d->rpc->all || post != &d->rpc->all->close_post || d->rpc->to_rpc)
+        abort();
+    rpc_conn_gone(&d->rpc->all->gone_post);
+    if (d->sessions || d->closing || d->staging_bytes || d->walks || publishing_blocks(d->publishing) || d->rpc->all ||
+        d->rpc->n_conns || d->rpc->total.bytes)
+        abort();
+    for (struct tenant *t = d->tenants->first; t; t = t->next) {
+        struct cache_stats stats;
+        struct cache_entry_info info;
+
+        cache_stats(t->cache, &stats);
+        if (stats.n_reserved || t->n_sessions)
+            abort();
+        for (uint32_t e = 0; e < cache_n_entries(t->cache); e++)
+            if (cache_entry_info(t->cache, e, &info) && info.n_leases)
+                abort();
+        cache_assert_valid(t->cache);
+    }
+}
+
+/* A sound space and a sound block, so that the rest may be about something. */
+static void prepare(struct daemon *d, struct rpc_conn *conn)
+{
+    Kvd__V1__Space space = KVD__V1__SPACE__INIT;
+    Kvd__V1__Group groups[2] = {KVD__V1__GROUP__INIT, KVD__V1__GROUP__INIT}, *group_list[] = {&groups[0], &groups[1]};
+    Kvd__V1__Layer layers[2] = {KVD__V1__LAYER__INIT, KVD__V1__LAYER__INIT}, *layer_list[] = {&layers[0], &layers[1]};
+    uint8_t body[512];
+    struct rpc_call *c = call_begin(conn, rpc_method_find("/kvd.v1.Cache/OpenSpace", 23));
+
+    space.model = (char *)"m";
+    space.dtype = (char *)"f16";
+    space.block_tokens = 2;
+    space.n_group = space.n_layer = 2;
+    space.group = group_list;
+    space.layer = layer_list;
+    groups[1].window_tokens = 3;
+    layers[1].group = 1;
+    for (int i = 0; i < 2; i++) {
+        layers[i].n_kv_heads = 1;
+        layers[i].dim_k = layers[i].dim_v = 16;
+        layers[i].codec_k = layers[i].codec_v = (char *)"raw";
+    }
+    if (say(d, c, body, kvd__v1__space__pack(&space, body)))
+        abort();
+}
+
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
+{
+    static struct daemon *d; /* see above */
+    static unsigned n_runs;
+    struct rpc_conn *conn;
+    struct rpc_call *c = NULL;
+    uint8_t method = 0;
+    int peer;
+
+    if (!d)
+        d = make_daemon();
+    if (n_runs++ % RUNS_A_LIFE == 0)
+        begin_life(d);
+    d->draining = false;
+    conn = open_conn(d, &peer);
+    prepare(d, conn);
+    for (int i = 0; i < ITEMS_MAX && size >= 3; i++) {
+        size_t n = (size_t)data[1] | (size_t)data[2] << 8;
+        const struct rpc_method *m = rpc_method_at(data[0]);
+        uint8_t what = data[0];
+        const uint8_t *body = data + 3;
+
+        n = n < size - 3 ? n : size - 3;
+        data += 3 + n;
+        size -= 3 + n;
+        if (c && what == END) {
+            c = end_stream(d, c);
+        } else if (c && (what != method || what == CANCEL)) {
+            c = call_end(c);
+        }
+        if (!m || m->local)
+            continue;
+        method = what;
+        c = say(d, c ? c : call_begin(conn, m), body, n);
+    }
+    if (c)
+        call_end(c);
+    end_conn(d, peer);
+    if (n_runs % RUNS_A_LIFE == 0)
+        end_life(d);
+    return 0;
+}
