@@ -56,6 +56,12 @@ done
 KVD_SOCKET=$work/kvd.sock "$KVD_BUILDDIR/tests/publish_once" || fail "publish_once"
 "$python" "$KVD_SRCDIR/tests/grpc_client.py" "$work/grpc.sock" || fail "the client"
 
+# The example of the documentation, as it stands there but for the socket's path.
+sed -n '/^```python$/,/^```$/p' "$KVD_SRCDIR/docs/grpc.md" | sed -e '/^```/d' -e "s|/run/kvd/kvd-grpc.sock|$work/grpc.sock|" >"$work/example.py"
+[ "$(wc -l <"$work/example.py")" = 10 ] || fail "the example does not have ten lines"
+said=$(PYTHONPATH=$work/stubs "$python" "$work/example.py") || fail "the example"
+[ "$said" = "8 tokens, 2048 bytes" ] || fail "the example said: $said"
+
 kill "$daemon"
 status=0
 wait "$daemon" || status=$?
