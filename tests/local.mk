@@ -229,6 +229,12 @@ tests_fuzz_fuzz_options_LDADD = $(KVD_DAEMON_LIBS) $(FUZZ_LIBS)
 tests_fuzz_fuzz_options_LDFLAGS = $(FUZZ_LINK)
 EXTRA_DIST += tests/fuzz/corpus/options tests/fuzz/options.dict
 
+FUZZ_TARGETS += tests/fuzz/fuzz_attend_call
+tests_fuzz_fuzz_attend_call_SOURCES = tests/fuzz/fuzz_attend_call.c
+tests_fuzz_fuzz_attend_call_LDADD = $(KVD_CLIENT_LIBS) $(FUZZ_LIBS)
+tests_fuzz_fuzz_attend_call_LDFLAGS = $(FUZZ_LINK)
+EXTRA_DIST += tests/fuzz/corpus/attend_call
+
 SUITES += tests/check_service
 tests_check_service_SOURCES = tests/check_service.c
 tests_check_service_LDADD = $(KVD_CLIENT_LIBS) $(TEST_LIBS)

@@ -276,7 +276,7 @@ struct kvd_attention {
 
 /* Where it is computed. */
 enum kvd_attend_form {
-    KVD_ATTEND_AUTO = 0,   /* what kvd_attend_choose() finds cheapest of the next two */
+    KVD_ATTEND_AUTO = 0,   /* what is cheapest of the next two; local if the daemon cannot be asked */
     KVD_ATTEND_LOCAL = 1,  /* here, on the calling thread, over the mapped blocks: no system call */
     KVD_ATTEND_DAEMON = 2, /* by the daemon, which runs requests of all workers over the same blocks as one */
     KVD_ATTEND_LOAD = 3    /* (of kvd_attend_choose only) kvd_load once and attend over one's own pages */
@@ -284,8 +284,9 @@ enum kvd_attend_form {
 
 /* Computes it. The prefix stays leased meanwhile. Errors: KVD_E_ARG (shapes, sizes, a query or scale that is not
  * finite, a layer that is none; blocks of a window that the lease does not hold: kvd_message() says which),
- * KVD_E_STALE, KVD_E_GONE, KVD_E_TIMEOUT, KVD_E_LIMIT (the daemon's queue is full), KVD_E_NOMEM. On an error o and lse
- * mean nothing. */
+ * KVD_E_STALE, KVD_E_VALUE (scores beyond fp32: a query or the scale is too large), KVD_E_NOMEM, and of the daemon form
+ * KVD_E_GONE, KVD_E_TIMEOUT, KVD_E_LIMIT (its queue is full, or the request too large). On an error o, lse and mass mean
+ * nothing. */
 int kvd_attend(kvd_prefix *prefix, const struct kvd_attention *attention, enum kvd_attend_form form);
 
 /* Local, on several threads of the caller. An object is reusable, one attention at a time: begin, then any number of
