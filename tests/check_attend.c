@@ -861,6 +861,29 @@ START_TEST(automatic_falls_back)
 }
 END_TEST
 
+/* A daemon that does not answer costs some time, and no result. */
+START_TEST(automatic_does_not_hang)
+{
+    struct at_call c;
+
+    at_setup_space(&bed, &shapes[_i ? 0 : 2], BLOCKS);
+    at_call_init(&c, &bed, 1, KVD_F16);
+    if (_i) /* one that has been measured before */
+        ck_assert_int_eq(kvd_attend(bed.prefix, &c.a, KVD_ATTEND_AUTO), KVD_OK);
+    ck_assert_int_eq(kill(bed.h.pid, SIGSTOP), 0);
+    for (uint64_t begun = test_usec(); test_usec() - begun < 1500000;) { /* more than one turn of the dearer form */
+        memset(c.o_memory, 0, 256);
+        ck_assert_int_eq(kvd_attend(bed.prefix, &c.a, KVD_ATTEND_AUTO), KVD_OK);
+        at_compare(&bed, &c, bed.shape.bound, "beside a daemon that hangs");
+    }
+    ck_assert_int_eq(kill(bed.h.pid, SIGCONT), 0);
+    ck_assert_int_eq(kvd_attend(bed.prefix, &c.a, KVD_ATTEND_DAEMON), KVD_OK);
+    at_compare(&bed, &c, bed.shape.bound, "when it goes on");
+    at_call_deinit(&c);
+    at_teardown_space(&bed);
+}
+END_TEST
+
 static void setup(void)
 {
     at_setup(&bed, "check_attend", NULL);
@@ -919,6 +942,7 @@ int main(void)
     tcase_add_test(tc, environment_decides);
     tcase_add_loop_test(tc, any_form, 0, N_SHAPES);
     tcase_add_test(tc, automatic_falls_back);
+    tcase_add_loop_test(tc, automatic_does_not_hang, 0, 2);
     runner = srunner_create(suite);
     srunner_run_all(runner, CK_NORMAL);
     n_failed = srunner_ntests_failed(runner);

@@ -4,6 +4,8 @@
 #include "kvd_attend_cost.h"
 #include "kvd_attend_job.h"
 
+enum { GRACE_MSEC = 1000 };
+
 static int attend_local(struct kvd_prefix *prefix, const struct kvd_attention *attention)
 {
     struct attend_job *j = attend_job_of(prefix);
@@ -30,15 +32,15 @@ static int attend_local(struct kvd_prefix *prefix, const struct kvd_attention *a
     return 0;
 }
 
-int attend_daemon(struct kvd_prefix *prefix, const struct kvd_attention *attention, uint32_t timeout_msec)
+int attend_daemon(struct kvd_prefix *prefix, const struct kvd_attention *attention, uint32_t timeout_msec,
+                  uint32_t grace_msec)
 {
-    uint64_t ticket;
+    uint64_t ticket, wait_msec = (uint64_t)timeout_msec + grace_msec;
     int r = kvd_attend_submit(prefix, attention, (uint64_t)timeout_msec * 1000, &ticket);
 
     if (r != 0)
         return r;
-    /* The daemon gives up by itself; the time on top is for its answer to come. */
-    r = kvd_attend_collect(prefix, ticket, (int)(timeout_msec < INT32_MAX - 1000 ? timeout_msec + 1000 : INT32_MAX));
+    r = kvd_attend_collect(prefix, ticket, wait_msec < INT32_MAX ? (int)wait_msec : INT32_MAX);
     if (r == KVD_E_TIMEOUT)
         kvd_attend_cancel(prefix, ticket);
     return r;
@@ -51,10 +53,11 @@ static bool daemon_fails(int error)
            error == KVD_E_DRAINING || error == KVD_E_PROTOCOL || error == KVD_E_NOMEM || error == KVD_E_INTERNAL;
 }
 
-static int attend_daemon_noted(const struct attend_call *call, const struct kvd_attention *attention)
+static int attend_daemon_noted(const struct attend_call *call, const struct kvd_attention *attention, uint32_t timeout_msec,
+                               uint32_t grace_msec)
 {
     uint64_t begun = attend_ticks();
-    int r = attend_daemon(call->prefix, attention, call->prefix->space->session->timeout_msec);
+    int r = attend_daemon(call->prefix, attention, timeout_msec, grace_msec);
 
     if (r == 0 || daemon_fails(r))
         attend_cost_note_daemon(call, attend_ticks() - begun, r != 0);
@@ -65,14 +68,15 @@ static int attend_auto(struct kvd_prefix *prefix, const struct kvd_attention *at
 {
     enum kvd_attend_form form;
     struct attend_call call;
+    uint32_t timeout_msec;
     int r = attend_check(prefix, attention, &call);
 
     if (r == 0)
-        r = attend_cost_choose(&call, &form);
+        r = attend_cost_choose(&call, &form, &timeout_msec);
     if (r != 0)
         return r;
     if (form == KVD_ATTEND_DAEMON) {
-        r = attend_daemon_noted(&call, attention);
+        r = attend_daemon_noted(&call, attention, timeout_msec, 0);
         if (!daemon_fails(r))
             return r;
     }
@@ -95,7 +99,7 @@ int kvd_attend(kvd_prefix *prefix, const struct kvd_attention *attention, enum k
         return attend_local(prefix, attention);
     case KVD_ATTEND_DAEMON:
         r = attend_check(prefix, attention, &call);
-        return r != 0 ? r : attend_daemon_noted(&call, attention);
+        return r != 0 ? r : attend_daemon_noted(&call, attention, prefix->space->session->timeout_msec, GRACE_MSEC);
     case KVD_ATTEND_LOAD:
         break;
     }

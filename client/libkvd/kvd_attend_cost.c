@@ -319,7 +319,7 @@ static double time_daemon(const struct trial *t, size_t n)
     for (int i = 0; i < TRIAL_TIMES; i++) {
         uint64_t begun = attend_ticks();
 
-        if (attend_daemon(t->call->prefix, &a, ATTEND_TRIAL_MSEC) != 0)
+        if (attend_daemon(t->call->prefix, &a, ATTEND_TRIAL_MSEC, 0) != 0)
             return -1;
         best = fmin(best, nsec_since(t, begun));
     }
@@ -438,11 +438,18 @@ int kvd_attend_choose(kvd_prefix *prefix, const struct kvd_attention *attention,
     return KVD_OK;
 }
 
-/* The form that is not used is tried once in so many seconds, unless it was this many times dearer. */
+/* The form that is not used is tried now and then: each so many seconds, or as many as it is times as dear if these are more. */
 #define OTHER_SEC 1.0
-#define OTHER_TIMES 20.0
+/* A daemon that takes so many times as long as expected (and so many milliseconds) is not waited for. */
+#define PATIENCE_TIMES 20.0
+#define PATIENCE_MSEC 20.0
 
-int attend_cost_choose(const struct attend_call *call, enum kvd_attend_form *ret)
+static bool turn_of_other(const struct kvd *s, double its_nsec, double nsec, const _Atomic uint64_t *its_last)
+{
+    return seconds_since(s, atomic_load_explicit(its_last, memory_order_relaxed)) > OTHER_SEC * fmax(1, its_nsec / nsec);
+}
+
+int attend_cost_choose(const struct attend_call *call, enum kvd_attend_form *ret, uint32_t *ret_timeout_msec)
 {
     const struct kvd *s = call->prefix->space->session;
     struct attend_rates *rates = attend_rates_of(call);
@@ -450,23 +457,23 @@ int attend_cost_choose(const struct attend_call *call, enum kvd_attend_form *ret
     double local, daemon;
     int r;
 
-    *ret = s->attend_form != KVD_ATTEND_AUTO ? s->attend_form : KVD_ATTEND_LOCAL;
-    if (s->attend_form != KVD_ATTEND_AUTO || !daemon_can_be_asked(call->prefix) || daemon_failed_lately(s, rates))
+    *ret = KVD_ATTEND_LOCAL;
+    *ret_timeout_msec = s->timeout_msec;
+    if (!daemon_can_be_asked(call->prefix) || daemon_failed_lately(s, rates))
         return 0;
+    if (s->attend_form == KVD_ATTEND_DAEMON) {
+        *ret = KVD_ATTEND_DAEMON;
+        return 0;
+    }
     reading = reading_of(call);
     r = learn(call, &reading);
     if (r != 0)
         return r;
     local = local_nsec(rates, &reading);
     daemon = daemon_nsec(rates, &reading);
-    if (daemon < local) {
+    if (daemon < local ? !turn_of_other(s, local, daemon, &rates->local_at)
+                       : daemon < (double)INFINITY && turn_of_other(s, daemon, local, &rates->daemon_at))
         *ret = KVD_ATTEND_DAEMON;
-        if (local < OTHER_TIMES * daemon &&
-            seconds_since(s, atomic_load_explicit(&rates->local_at, memory_order_relaxed)) > OTHER_SEC)
-            *ret = KVD_ATTEND_LOCAL;
-    } else if (daemon < OTHER_TIMES * local &&
-               seconds_since(s, atomic_load_explicit(&rates->daemon_at, memory_order_relaxed)) > OTHER_SEC) {
-        *ret = KVD_ATTEND_DAEMON;
-    }
+    *ret_timeout_msec = (uint32_t)fmin(fmax(PATIENCE_TIMES * daemon / 1e6, PATIENCE_MSEC), s->timeout_msec);
     return 0;
 }

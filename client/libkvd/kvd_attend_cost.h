@@ -69,7 +69,8 @@ void attend_cost_note_daemon(const struct attend_call *call, uint64_t ticks, boo
 /* Makes the tables of a space whose layers are filled in. KVD_OK, or KVD_E_NOMEM without a message. */
 int attend_rates_create(struct kvd_space *space);
 
-/* The form for one call: local or daemon. Mostly the cheaper one; now and then the other, so that its cost stays known. */
-int attend_cost_choose(const struct attend_call *call, enum kvd_attend_form *ret);
+/* The form for one call: local or daemon. Mostly the cheaper one; now and then the other, so that its cost stays known. With how long
+ * to wait for the daemon before it is done here after all. */
+int attend_cost_choose(const struct attend_call *call, enum kvd_attend_form *ret, uint32_t *ret_timeout_msec);
 
 #endif

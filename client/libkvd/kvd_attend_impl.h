@@ -41,7 +41,9 @@ int attend_gather(const struct attend_call *call, float *rows, uint32_t *pos);
 /* n rows of KV head kv from row0 on, o [n][dim_o] and lse [n], to where the caller wants them. */
 void attend_scatter(const struct attend_call *call, uint32_t kv, uint32_t row0, uint32_t n, const float *o, const float *lse);
 
-/* Submits and collects, with no notes taken. Errors: those of kvd_attend(). */
-int attend_daemon(struct kvd_prefix *prefix, const struct kvd_attention *attention, uint32_t timeout_msec);
+/* Submits and collects, with no notes taken. grace_msec: for the daemon to say itself that the timeout is over. Errors: those of
+ * kvd_attend(). */
+int attend_daemon(struct kvd_prefix *prefix, const struct kvd_attention *attention, uint32_t timeout_msec,
+                  uint32_t grace_msec);
 
 #endif
