@@ -15,6 +15,7 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
+#include "daemon/attend.h"
 #include "daemon/daemon.h"
 #include "daemon/flight_requests.h"
 #include "daemon/publish.h"
@@ -46,6 +47,21 @@ static int on_timer(sd_event_source *source, uint64_t usec, void *ctx)
     return 0;
 }
 
+static void make_attend(struct daemon *d)
+{
+    const struct attend_config config = {
+        .n_threads = 1,
+        .n_cpus = 1,
+        .n_words = 64,
+        .ops = attn_ops_choose(&d->cpu),
+        .codec = d->codec,
+        .limits = {.request_bytes = 4096, .worker_bytes = 8192, .queue_bytes = 8192, .memory_bytes = 65536, .slice_usec = 100,
+                   .n_blocks = 16},
+    };
+
+    must(attend_create(&config, &d->attend));
+}
+
 static struct daemon *make_daemon(void)
 {
     struct daemon *d = calloc(1, sizeof(*d));
@@ -67,6 +83,7 @@ static struct daemon *make_daemon(void)
     must(publishing_create(&d->publishing));
     must(flights_create(64, 32, 16, flight_request_told, d, &d->flights));
     must(jobs_create(d->event, 1, &d->jobs));
+    make_attend(d);
     return d;
 }
 
