@@ -78,6 +78,7 @@ struct attend_ring {
     _Atomic uint32_t n_open;         /* requests taken and not completed */
     pthread_mutex_t done_lock;
     bool dead;                       /* by done_lock: page and memories are gone */
+    int tell_fd;                     /* by done_lock: an eventfd to be told of completions; -1: none */
     _Atomic uint32_t done;           /* completions written; written by done_lock */
     uint32_t n_refs;                 /* by lock: one of the session, one a request */
     struct attend_request *requests; /* by lock: all of it that live */

@@ -619,6 +619,7 @@ int attend_ring_open(struct attend *a, struct attend_tenant *t, void *at, uint32
     ring->attend = a;
     ring->tenant = t;
     ring->n_refs = 1;
+    ring->tell_fd = -1;
     ring_view_init(&ring->view, at, n);
     pthread_mutex_init(&ring->done_lock, NULL);
     ring->bell = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
@@ -632,6 +633,13 @@ int attend_ring_open(struct attend *a, struct attend_tenant *t, void *at, uint32
     }
     *ret = ring;
     return 0;
+}
+
+void attend_ring_tell(struct attend_ring *ring, int fd)
+{
+    pthread_mutex_lock(&ring->done_lock);
+    ring->tell_fd = fd;
+    pthread_mutex_unlock(&ring->done_lock);
 }
 
 /* Drops what waits; what is being worked on is skipped from now on. By lock. */

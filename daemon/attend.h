@@ -67,6 +67,8 @@ int attend_ring_open(struct attend *attend, struct attend_tenant *tenant, void *
 struct attend_ring *attend_ring_close(struct attend_ring *ring);
 /* The worker's bell, borrowed. */
 int attend_ring_bell(const struct attend_ring *ring);
+/* fd: an eventfd (borrowed until the ring is closed) that is told of each completion, for a ring of the daemon's own. */
+void attend_ring_tell(struct attend_ring *ring, int fd);
 /* Maps fd (borrowed), a memfd of exactly bytes, for reading and writing. Errors: -EINVAL with ret_reason (a constant sentence), -ENOSPC
  * (limits.memory_bytes or too many), -errno of mmap. */
 int attend_ring_add(struct attend_ring *ring, int fd, uint64_t bytes, uint32_t *ret_memory, const char **ret_reason);

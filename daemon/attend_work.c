@@ -4,6 +4,7 @@
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/eventfd.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -280,6 +281,8 @@ static void answer(struct attend_ring *ring, const struct shm_completion *c, voi
         wake = post(ring, c);
         if (wake) /* the page is mapped for as long as the lock is held */
             syscall(SYS_futex, &ring->view.words->done_tail, FUTEX_WAKE, INT32_MAX, NULL, NULL, 0);
+        if (ring->tell_fd >= 0)
+            eventfd_write(ring->tell_fd, 1);
     }
     pthread_mutex_unlock(&ring->done_lock);
     /* release: after the completion has been counted (attend_ring_ready()). */

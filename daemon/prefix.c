@@ -88,7 +88,7 @@ static int hold_group(struct prefix *p, uint32_t group, const uint8_t *keys)
         g->blocks[i].entry = CACHE_NONE;
         if (e == CACHE_NONE || !cache_hold(cache, e) || !cache_entry_brief(cache, e, &info))
             return -ENOENT;
-        g->blocks[i] = (struct prefix_block){.payload = info.payload, .entry = e, .crc32c = info.crc32c, .first = info.first};
+        g->blocks[i] = (struct prefix_block){.payload = info.payload, .entry = e, .gen = info.gen, .crc32c = info.crc32c, .first = info.first};
         p->n_held++;
         cache_use(cache, e);
     }

@@ -19,7 +19,7 @@ struct tenant;
 
 struct prefix_block {
     const void *payload;
-    uint32_t entry;
+    uint32_t entry, gen;
     uint32_t crc32c;
     bool first;
 };

@@ -30,7 +30,6 @@
 #include "daemon/rpc.h"
 #include "daemon/rpc_arena.h"
 #include "daemon/session.h"
-#include "kernels/attn/attn.h"
 
 /* A place in one of the two lists. Embedded in what is sent; on one list at a time. */
 struct rpc_post {
@@ -61,7 +60,7 @@ struct rpc_method {
 struct rpc_work {
     void (*next)(struct rpc_call *call); /* a message came, or went out, or the client has said all (call->step) */
     void (*end)(struct rpc_work *wall);  /* frees it; no job is out */
-    bool busy;                           /* a job is out; its done() comes to rpc_job_done() */
+    bool busy;                           /* a job is out, or the attention threads have it */
 };
 
 enum rpc_step { STEP_MESSAGE, STEP_SENT, STEP_END, STEP_GONE };
@@ -85,7 +84,7 @@ struct rpc_conn {
     uint32_t n_ids, n_free_ids;
     struct rpc_call *working;  /* calls with work */
     struct rpc_prefixes *prefixes;
-    uint64_t upload_bytes;     /* staging memory that streams fill */
+    struct rpc_batch *batch;   /* NULL: nothing has been attended to yet */
 };
 
 struct rpc_call {
@@ -95,6 +94,7 @@ struct rpc_call {
     uint64_t deadline_usec;    /* CLOCK_MONOTONIC; UINT64_MAX: none */
     uint64_t begin_usec;
     _Atomic bool cancelled;
+    _Atomic uint32_t *cancel_word; /* by lock: set when the call is cancelled; NULL: none */
     /* rpc */
     grpc_call *call;
     grpc_call_details details;
@@ -156,7 +156,6 @@ struct rpc {
     pthread_t thread;
     bool started;
     struct rpc_total total;
-    const struct attn_ops *attn;
     uint32_t message_bytes, conn_calls, calls_max;
     _Atomic uint64_t slow_limit_usec;
     _Atomic uint64_t counts[RPC_COUNTS];

@@ -245,7 +245,6 @@ int rpc_create(struct daemon *d, struct rpc **ret)
     if (!rpc)
         return -ENOMEM;
     rpc->daemon = d;
-    rpc->attn = attn_ops_choose(&d->cpu);
     rpc->total.limit_bytes = o->grpc_memory;
     rpc->message_bytes = (uint32_t)o->grpc_message_bytes;
     rpc->conn_calls = (uint32_t)o->grpc_connection_calls;

@@ -1,5 +1,7 @@
-/* kvd.v1.Cache/Attend: a partial attention over blocks of a held prefix, computed by a helper thread from the packed codes
- * (kernels/attn/attn.h). The rows of a KV head are those of its query heads, token after token. */
+/* kvd.v1.Cache/Attend: a partial attention over blocks of a held prefix. The connection is a worker of the attention threads like any
+ * other (rpc_batch.h): here its messages become requests as they lie in a worker's memory (struct shm_request), and back.
+ *
+ *   message: rows by query token, head          request: rows by KV head, query token, head of its group */
 #include <errno.h>
 #include <inttypes.h>
 #include <math.h>
@@ -8,50 +10,43 @@
 
 #include "daemon/prefix.h"
 #include "daemon/rpc-internal.h"
+#include "daemon/rpc_batch.h"
 #include "proto/kvd.pb-c.h"
+#include "proto/ring.h"
 
-enum { HEADS_MAX = CODEC_TOKENS_MAX };
+/* Up to so many bytes of queries and results are copied where they come, a helper does more. */
+enum { COPY_INLINE = 16 << 10, HEADS_MAX = 4096 };
 
-struct attend {
+struct attention {
     struct rpc_work work;
-    struct prefix *prefix;         /* referenced */
+    struct rpc_call *call;
+    struct prefix *prefix;           /* referenced */
     const Kvd__V1__AttentionRequest *m; /* in the call's arena */
     const struct payload_layer *layer;
     enum codec_dtype dtype;
-    struct attn_params params;
-    uint32_t ratio, n_rows;        /* query heads of a KV head; rows of one */
-    uint32_t first, end;           /* blocks */
-    uint32_t lo, hi;               /* least and greatest position of a query */
+    uint32_t window, dim_o, ratio;
+    uint32_t first, end;             /* blocks */
+    uint32_t lo, hi;                 /* least and greatest position of a query */
+    struct rpc_region region;
+    struct shm_request head;
     uint64_t n_charged;
-    void *memory;
-    /* in memory */
-    float *q;                      /* [n_tokens][n_heads][dim_k] */
-    float *head_q, *head_o, *head_lse; /* of one KV head: [n_rows][dim_k], [n_rows][dim_o], [n_rows] */
-    float *block_lse;              /* [n_rows][blocks] */
-    uint32_t *pos;                 /* [n_rows] */
-    float *o, *lse;                /* the reply */
-    double *mass;                  /* [blocks] */
-    float *mass_out;
-    struct attn_block *blocks;     /* those that are needed */
-    uint32_t *block_at;            /* which they are, from first on */
-    uint32_t n_blocks;
-    void *scratch;
+    float *o, *lse;                  /* of the reply, in its order */
 };
 
-static void attend_end(struct rpc_work *work)
+static void attention_end(struct rpc_work *work)
 {
-    struct attend *a = (struct attend *)work;
+    struct attention *a = (struct attention *)work;
 
-    if (a->memory)
-        rpc_total_give(&a->prefix->daemon->rpc->total, a->n_charged);
-    free(a->memory);
+    rpc_region_give(&a->region);
+    rpc_total_give(&a->prefix->daemon->rpc->total, a->n_charged);
     prefix_unref(a->prefix);
+    free(a->o);
     free(a);
 }
 
 /* ---- what is asked ---- */
 
-static bool sizes_good(struct rpc_call *c, struct attend *a)
+static bool sizes_good(struct rpc_call *c, struct attention *a)
 {
     const Kvd__V1__AttentionRequest *m = a->m;
     const struct payload_layer *layer = a->layer;
@@ -66,7 +61,7 @@ static bool sizes_good(struct rpc_call *c, struct attend *a)
                  " heads of %" PRIu32 " numbers are %" PRIu64, m->q.len, m->n_tokens, m->n_heads, layer->dim_k, q_bytes);
     else if (layer->dim_v ? m->dim_o != 0 : m->dim_o < 1 || m->dim_o > layer->dim_k)
         rpc_fail(c, ERROR_LAYOUT, layer->dim_v ? "0 for a layer that has V" : "1 to the layer's dim_k", "dim_o is %" PRIu32, m->dim_o);
-    else if (values * (a->params.dim_o + 1) * sizeof(float) + (m->mass ? (a->end - a->first) * sizeof(float) : 0) + 64 > most)
+    else if (values * (a->dim_o + 1) * sizeof(float) + (m->mass ? (a->end - a->first) * sizeof(float) : 0) + 64 > most)
         rpc_fail(c, ERROR_LIMIT, "fewer query tokens, or a greater grpc_message_bytes", "the reply would be above %" PRIu64 " bytes", most);
     else if (m->n_position && m->n_position != m->n_tokens)
         rpc_fail(c, ERROR_LAYOUT, "a position a query token, or none", "%zu positions for %" PRIu32 " tokens", m->n_position, m->n_tokens);
@@ -80,8 +75,13 @@ static bool sizes_good(struct rpc_call *c, struct attend *a)
     return false;
 }
 
+static uint32_t position_of(const struct attention *a, uint32_t t)
+{
+    return a->m->n_position ? a->m->position[t] : a->m->first_position + t;
+}
+
 /* False: answered, the request is wrong. */
-static bool take_request(struct rpc_call *c, struct attend *a)
+static bool take_request(struct rpc_call *c, struct attention *a)
 {
     const Kvd__V1__AttentionRequest *m = a->m;
     const struct prefix *p = a->prefix;
@@ -102,238 +102,240 @@ static bool take_request(struct rpc_call *c, struct attend *a)
                  p->n_blocks);
         return false;
     }
-    a->params = (struct attn_params){.scale = m->scale, .softcap = m->softcap, .sink_tokens = m->sink_tokens,
-                                     .window = m->window_tokens ? m->window_tokens : p->space->window_tokens[a->layer->group],
-                                     .dim_o = a->layer->dim_v ? a->layer->dim_v : m->dim_o};
+    a->window = m->window_tokens ? m->window_tokens : p->space->window_tokens[a->layer->group];
+    a->dim_o = a->layer->dim_v ? a->layer->dim_v : m->dim_o;
     if (!sizes_good(c, a))
         return false;
     a->ratio = m->n_heads / a->layer->n_kv_heads;
-    a->n_rows = m->n_tokens * a->ratio;
-    a->lo = m->n_position ? UINT32_MAX : m->first_position;
-    a->hi = m->n_position ? 0 : m->first_position + (m->n_tokens - 1);
-    for (size_t i = 0; i < m->n_position; i++) {
-        a->lo = m->position[i] < a->lo ? m->position[i] : a->lo;
-        a->hi = m->position[i] > a->hi ? m->position[i] : a->hi;
+    a->lo = UINT32_MAX;
+    for (uint32_t t = 0; t < m->n_tokens; t++) {
+        uint32_t pos = position_of(a, t);
+
+        a->lo = pos < a->lo ? pos : a->lo;
+        a->hi = pos > a->hi ? pos : a->hi;
     }
     return true;
 }
 
-/* ---- memory: all of it at once, charged ---- */
+/* ---- the request in a region ---- */
 
-struct cut {
-    uint8_t *base; /* NULL: only counts */
-    uint64_t used;
-};
-
-static void *cut(struct cut *from, uint64_t n, uint64_t size)
+static uint64_t part(uint64_t *io_bytes, uint64_t n, uint64_t size)
 {
-    void *at = from->base ? from->base + from->used : NULL;
+    uint64_t at = *io_bytes;
 
-    from->used += (n * size + 63) / 64 * 64;
+    *io_bytes += (n * size + SHM_ATTEND_ALIGN - 1) / SHM_ATTEND_ALIGN * SHM_ATTEND_ALIGN;
     return at;
 }
 
-static uint64_t place(struct attend *a, uint8_t *base)
+/* Fills in the header. Returns the bytes of all. */
+static uint64_t lay_out(struct attention *a)
 {
     const Kvd__V1__AttentionRequest *m = a->m;
-    uint64_t values = (uint64_t)m->n_tokens * m->n_heads, blocks = a->end - a->first, rows = a->n_rows;
-    uint32_t dim_k = a->layer->dim_k, dim_o = a->params.dim_o;
-    struct cut from = {.base = base};
+    uint64_t rows = (uint64_t)m->n_tokens * m->n_heads, bytes = sizeof(a->head);
+    uint32_t n_refs = a->end - a->first;
 
-    a->q = cut(&from, values * dim_k, sizeof(float));
-    a->head_q = cut(&from, rows * dim_k, sizeof(float));
-    a->head_o = cut(&from, rows * dim_o, sizeof(float));
-    a->head_lse = cut(&from, rows, sizeof(float));
-    a->block_lse = cut(&from, m->mass ? rows * blocks : 0, sizeof(float));
-    a->pos = cut(&from, rows, sizeof(uint32_t));
-    a->o = cut(&from, values * dim_o, sizeof(float));
-    a->lse = cut(&from, values, sizeof(float));
-    a->mass = cut(&from, m->mass ? blocks : 0, sizeof(double));
-    a->mass_out = cut(&from, m->mass ? blocks : 0, sizeof(float));
-    a->blocks = cut(&from, blocks, sizeof(struct attn_block));
-    a->block_at = cut(&from, blocks, sizeof(uint32_t));
-    a->scratch = cut(&from, 1, attn_work_bytes(a->n_rows, a->prefix->space->block_tokens, dim_k, dim_o));
-    return from.used + 64;
-}
-
-static bool take_memory(struct rpc_call *c, struct attend *a)
-{
-    struct rpc_total *total = &c->conn->rpc->total;
-    uint64_t bytes = place(a, NULL);
-
-    if (rpc_total_charge(total, bytes)) {
-        a->n_charged = bytes;
-        if (posix_memalign(&a->memory, 64, bytes) == 0) {
-            place(a, a->memory);
-            return true;
-        }
-        a->memory = NULL;
-        rpc_total_give(total, bytes);
-    }
-    rpc_fail(c, ERROR_FULL, "fewer query tokens, later, or a greater grpc_memory", "%" PRIu64 " bytes are not to be had for this attention",
-             bytes);
-    return false;
+    a->head = (struct shm_request){.header_bytes = sizeof(a->head),
+                                   .flags = m->mass ? SHM_REQUEST_MASS : 0,
+                                   .space = a->prefix->space->id,
+                                   .layer = m->layer,
+                                   .n_heads = m->n_heads,
+                                   .n_tokens = m->n_tokens,
+                                   .n_refs = n_refs,
+                                   .dtype = a->dtype,
+                                   .dim_o = a->dim_o,
+                                   .first_pos = a->first * a->prefix->space->block_tokens,
+                                   .window = a->window,
+                                   .sink_tokens = m->sink_tokens,
+                                   .scale = m->scale,
+                                   .softcap = m->softcap,
+                                   .deadline_usec = a->call->deadline_usec == UINT64_MAX ? 0 : a->call->deadline_usec};
+    a->head.positions_off = part(&bytes, m->n_tokens, sizeof(uint32_t));
+    a->head.refs_off = part(&bytes, n_refs, sizeof(uint64_t));
+    a->head.q_off = part(&bytes, rows * a->layer->dim_k, codec_dtype_bytes(a->dtype));
+    a->head.o_off = part(&bytes, rows * a->dim_o, sizeof(float));
+    a->head.lse_off = part(&bytes, rows, sizeof(float));
+    a->head.mass_off = part(&bytes, m->mass ? n_refs : 0, sizeof(float));
+    return bytes;
 }
 
 /* Does some query see a token of the block? */
-static bool is_seen(const struct attend *a, uint64_t from, uint64_t to)
+static bool is_seen(const struct attention *a, uint64_t from, uint64_t to)
 {
-    return from <= a->hi && (a->params.window == 0 || from < a->params.sink_tokens || to + a->params.window > (uint64_t)a->lo + 1);
+    return from <= a->hi && (a->window == 0 || from < a->m->sink_tokens || to + a->window > (uint64_t)a->lo + 1);
 }
 
-/* The tiles of the layer's first KV head. False: answered; a block that is seen is not held. */
-static bool find_blocks(struct rpc_call *c, struct attend *a)
+/* The blocks by entry and generation; 0 for those that no query sees. False: answered; one that is seen is not held. */
+static bool put_refs(struct rpc_call *c, struct attention *a)
 {
-    const struct space *space = a->prefix->space;
-    uint32_t group = a->layer->group, tokens = space->block_tokens;
+    uint64_t *refs = (uint64_t *)(void *)((char *)rpc_region_at(&a->region) + a->head.refs_off);
+    uint32_t group = a->layer->group, tokens = a->prefix->space->block_tokens;
 
     for (uint32_t i = a->first; i < a->end; i++) {
         const struct prefix_block *b = prefix_block(a->prefix, group, i);
-        const struct payload_layout *layout;
-        uint32_t part = 0;
+        bool seen = is_seen(a, (uint64_t)i * tokens, (uint64_t)(i + 1) * tokens);
 
-        if (!is_seen(a, (uint64_t)i * tokens, (uint64_t)(i + 1) * tokens))
-            continue;
-        if (!b) {
+        if (seen && !b) {
             rpc_fail(c, ERROR_NOT_FOUND, "a window within that of the layer's group",
                      "block %" PRIu32 " is seen by a query, and the prefix does not hold it: its group slides", i);
             return false;
         }
-        layout = space_layout(space, group, b->first);
-        while (layout->parts[part].layer != a->m->layer)
-            part++;
-        a->block_at[a->n_blocks] = i - a->first;
-        a->blocks[a->n_blocks++] = (struct attn_block){.tile = (const uint8_t *)b->payload + layout->parts[part].off,
-                                                       .layout = &layout->parts[part].tile,
-                                                       .pos = i * tokens,
-                                                       .n_tokens = tokens};
+        refs[i - a->first] = seen ? shm_ref(b->entry, b->gen) : 0;
     }
     return true;
 }
 
-/* ---- the helper thread ---- */
-
-static bool take_queries(struct attend *a)
+/* Header, positions, queries. Any thread. */
+static void put_queries(struct attention *a)
 {
     const Kvd__V1__AttentionRequest *m = a->m;
-    struct codec_spec raw = codec_spec_raw(a->dtype);
-    uint32_t dim = a->layer->dim_k;
-    uint64_t row = (uint64_t)m->n_heads * dim;
+    uint8_t *at = rpc_region_at(&a->region), *q = at + a->head.q_off;
+    size_t run = (size_t)a->ratio * a->layer->dim_k * codec_dtype_bytes(a->dtype); /* the heads of one group, of one token */
+    uint32_t groups = a->layer->n_kv_heads;
 
+    memcpy(at, &a->head, sizeof(a->head));
     for (uint32_t t = 0; t < m->n_tokens; t++)
-        if (codec_decode(a->prefix->daemon->codec, &raw, NULL, NULL, m->q.data + t * row * codec_dtype_bytes(a->dtype), m->n_heads, dim, 0,
-                         m->n_heads, CODEC_F32, a->q + t * row, dim * sizeof(float)) < 0)
-            return false;
-    for (uint64_t i = 0; i < row * m->n_tokens; i++)
-        if (!isfinite(a->q[i]))
-            return false;
-    return true;
+        ((uint32_t *)(void *)(at + a->head.positions_off))[t] = position_of(a, t);
+    for (uint32_t kv = 0; kv < groups; kv++)
+        for (uint32_t t = 0; t < m->n_tokens; t++)
+            memcpy(q + ((size_t)kv * m->n_tokens + t) * run, m->q.data + ((size_t)t * groups + kv) * run, run);
 }
 
-static void gather(struct attend *a, uint32_t head)
+/* Output and log-sum-exp in the message's order. Any thread. */
+static void take_results(struct attention *a)
 {
     const Kvd__V1__AttentionRequest *m = a->m;
-    size_t dim = a->layer->dim_k;
+    const uint8_t *at = rpc_region_at(&a->region);
+    uint32_t groups = a->layer->n_kv_heads;
 
-    for (uint32_t t = 0; t < m->n_tokens; t++) {
-        size_t row = (size_t)t * a->ratio;
+    for (uint32_t kv = 0; kv < groups; kv++)
+        for (uint32_t t = 0; t < m->n_tokens; t++) {
+            size_t from = ((size_t)kv * m->n_tokens + t) * a->ratio, to = ((size_t)t * groups + kv) * a->ratio;
 
-        memcpy(a->head_q + row * dim, a->q + ((size_t)t * m->n_heads + (size_t)head * a->ratio) * dim, a->ratio * dim * sizeof(float));
-        for (uint32_t i = 0; i < a->ratio; i++)
-            a->pos[row + i] = m->n_position ? m->position[t] : m->first_position + t;
-    }
-}
-
-static void scatter(struct attend *a, uint32_t head)
-{
-    const Kvd__V1__AttentionRequest *m = a->m;
-    size_t dim = a->params.dim_o;
-
-    for (uint32_t t = 0; t < m->n_tokens; t++) {
-        size_t to = (size_t)t * m->n_heads + (size_t)head * a->ratio, row = (size_t)t * a->ratio;
-
-        memcpy(a->o + to * dim, a->head_o + row * dim, a->ratio * dim * sizeof(float));
-        memcpy(a->lse + to, a->head_lse + row, a->ratio * sizeof(float));
-    }
-}
-
-/* Adds a head's attention up by blocks. Returns rows that saw anything. */
-static uint64_t weigh(struct attend *a)
-{
-    uint64_t seen = 0;
-
-    for (uint32_t r = 0; r < a->n_rows; r++) {
-        if (isinf(a->head_lse[r]))
-            continue;
-        seen++;
-        for (uint32_t i = 0; i < a->n_blocks; i++)
-            a->mass[a->block_at[i]] += exp((double)a->block_lse[(size_t)r * a->n_blocks + i] - (double)a->head_lse[r]);
-    }
-    return seen;
-}
-
-static void attend_run(struct job *job)
-{
-    struct rpc_call *c = rpc_call_of_job(job);
-    struct attend *a = (struct attend *)c->work;
-    const struct attn_ops *ops = c->conn->rpc->attn;
-    uint32_t blocks = a->end - a->first;
-    uint64_t seen = 0;
-    int r = take_queries(a) ? 0 : -EDOM;
-
-    for (uint32_t i = 0; a->m->mass && i < blocks; i++)
-        a->mass[i] = 0;
-    for (uint32_t h = 0; h < a->layer->n_kv_heads && r == 0; h++) {
-        struct attn_rows rows = {.n = a->n_rows, .q = a->head_q, .q_pos = a->pos};
-        struct attn_out out = {.o = a->head_o, .lse = a->head_lse, .block_lse = a->m->mass ? a->block_lse : NULL};
-
-        if (atomic_load(&c->cancelled)) {
-            r = -ECANCELED;
-            break;
+            memcpy(a->o + to * a->dim_o, at + a->head.o_off + from * a->dim_o * sizeof(float), a->ratio * a->dim_o * sizeof(float));
+            memcpy(a->lse + to, at + a->head.lse_off + from * sizeof(float), a->ratio * sizeof(float));
         }
-        gather(a, h);
-        r = attn_partial(ops, &a->params, a->blocks, a->n_blocks, &rows, &out, a->scratch);
-        scatter(a, h);
-        if (a->m->mass)
-            seen += weigh(a);
-        for (uint32_t i = 0; i < a->n_blocks; i++) /* the next head's tiles */
-            a->blocks[i].tile = (const uint8_t *)a->blocks[i].tile + a->blocks[i].layout->bytes;
-    }
-    for (uint32_t i = 0; a->m->mass && i < blocks; i++)
-        a->mass_out[i] = seen ? (float)(a->mass[i] / (double)seen) : 0;
-    job->result = r;
 }
 
-/* ---- the loop ---- */
+/* ---- the way back ---- */
 
-static ProtobufCBinaryData floats(const float *from, uint64_t n)
+static ProtobufCBinaryData floats(const void *from, uint64_t n)
 {
     return (ProtobufCBinaryData){.len = n * sizeof(float), .data = (uint8_t *)from};
 }
 
-static void attend_done(struct rpc_call *c)
+static void reply_results(struct rpc_call *c)
 {
-    struct attend *a = (struct attend *)c->work;
+    struct attention *a = (struct attention *)c->work;
     Kvd__V1__AttentionReply out = KVD__V1__ATTENTION_REPLY__INIT;
-    uint64_t values = (uint64_t)a->m->n_tokens * a->m->n_heads;
+    uint64_t rows = (uint64_t)a->m->n_tokens * a->m->n_heads;
 
-    if (c->job.result == -EDOM) {
-        rpc_fail(c, ERROR_VALUE, "finite queries", "q holds a NaN or an infinity");
-        return;
-    }
-    if (c->job.result < 0) {
-        rpc_fail(c, ERROR_INTERNAL, "", "the attention failed");
-        return;
-    }
-    out.o = floats(a->o, values * a->params.dim_o);
-    out.lse = floats(a->lse, values);
+    out.o = floats(a->o, rows * a->dim_o);
+    out.lse = floats(a->lse, rows);
     if (a->m->mass)
-        out.mass = floats(a->mass_out, a->end - a->first);
+        out.mass = floats((uint8_t *)rpc_region_at(&a->region) + a->head.mass_off, a->head.n_refs);
     c->conn->rpc->daemon->metrics.grpc_attentions++;
     rpc_answer(c, &out.base, false);
 }
 
-static void attend_next(struct rpc_call *c)
+static void take_run(struct job *job)
+{
+    take_results((struct attention *)rpc_call_of_job(job)->work);
+}
+
+/* Where a reason's number is not one of those that the daemon tells (libkvd's own), the nearest. */
+static enum error_code error_of(uint32_t reason)
+{
+    switch (reason) {
+    case RING_STALE: return ERROR_NOT_FOUND;
+    case RING_ENDING: return ERROR_DRAINING;
+    case RING_QUERY: return ERROR_VALUE;
+    default: return ring_reason_error(reason) == 2 ? ERROR_LAYOUT : (enum error_code)ring_reason_error(reason);
+    }
+}
+
+static void set_cancel_word(struct rpc_call *c, _Atomic uint32_t *word)
+{
+    struct rpc *rpc = c->conn->rpc;
+
+    pthread_mutex_lock(&rpc->lock);
+    c->cancel_word = word;
+    pthread_mutex_unlock(&rpc->lock);
+}
+
+static void region_done(struct rpc_region *region, const struct shm_completion *completion)
+{
+    struct attention *a = (struct attention *)((char *)region - offsetof(struct attention, region));
+    struct rpc_call *c = a->call;
+    uint64_t rows = (uint64_t)a->m->n_tokens * a->m->n_heads;
+    char text[200];
+
+    set_cancel_word(c, NULL);
+    a->work.busy = false;
+    if (!completion) {
+        rpc_fail(c, ERROR_DRAINING, "", "the connection is closed");
+        return;
+    }
+    if (completion->reason) {
+        rpc_fail(c, error_of(completion->reason), "", "%s",
+                 ring_reason_text(completion->reason, completion->given, completion->allowed, text, sizeof(text)));
+        return;
+    }
+    a->o = malloc(rows * (a->dim_o + 1) * sizeof(float));
+    if (!a->o) {
+        rpc_fail(c, ERROR_FULL, "", "the daemon has no memory for this reply");
+        return;
+    }
+    a->lse = a->o + rows * a->dim_o;
+    if (rows * a->dim_o * sizeof(float) > COPY_INLINE) {
+        rpc_job(c, take_run, reply_results);
+        return;
+    }
+    take_results(a);
+    reply_results(c);
+}
+
+/* ---- the way there ---- */
+
+static void submit(struct rpc_call *c)
+{
+    struct attention *a = (struct attention *)c->work;
+    struct shm_request *at = rpc_region_at(&a->region);
+
+    set_cancel_word(c, &at->cancelled);
+    a->work.busy = true;
+    if (rpc_region_submit(&a->region))
+        return;
+    a->work.busy = false;
+    set_cancel_word(c, NULL);
+    rpc_fail(c, ERROR_LIMIT, "fewer at once", "too many attentions of this connection wait to be computed");
+}
+
+static void put_run(struct job *job)
+{
+    put_queries((struct attention *)rpc_call_of_job(job)->work);
+}
+
+static bool take_region(struct rpc_call *c, struct attention *a)
+{
+    struct rpc_conn *conn = c->conn;
+    uint64_t bytes = lay_out(a);
+    int r = conn->batch ? 0 : rpc_batch_create(conn, &conn->batch);
+
+    if (r < 0) {
+        rpc_fail(c, ERROR_FULL, "fewer connections, or more memory and descriptors for the daemon", "the daemon cannot serve attention: %s",
+                 strerror(-r));
+        return false;
+    }
+    if (rpc_total_charge(&conn->rpc->total, bytes)) {
+        a->n_charged = bytes;
+        if (rpc_region_take(conn->batch, bytes, &a->region))
+            return true;
+    }
+    rpc_fail(c, ERROR_LIMIT, "fewer at once, or with fewer query tokens", "%" PRIu64 " bytes for this attention are not free", bytes);
+    return false;
+}
+
+static void attention_next(struct rpc_call *c)
 {
     rpc_fail(c, ERROR_PROTOCOL, "one message", "an attention is one message");
 }
@@ -342,7 +344,7 @@ void rpc_attend(struct rpc_call *c)
 {
     const Kvd__V1__AttentionRequest *m = c->message;
     struct prefix *p = rpc_prefix_find(c->conn, m->prefix);
-    struct attend *a;
+    struct attention *a;
 
     if (!p) {
         rpc_fail(c, ERROR_NOT_FOUND, "one that Match gave on this connection", "there is no prefix %" PRIu64, m->prefix);
@@ -353,10 +355,15 @@ void rpc_attend(struct rpc_call *c)
         rpc_fail(c, ERROR_FULL, "", "the daemon has no memory for this attention");
         return;
     }
-    a->work = (struct rpc_work){.next = attend_next, .end = attend_end};
-    a->prefix = prefix_ref(p);
-    a->m = m;
+    *a = (struct attention){.work = {.next = attention_next, .end = attention_end}, .call = c, .prefix = prefix_ref(p), .m = m,
+                            .region.done = region_done};
     rpc_work_begin(c, &a->work);
-    if (take_request(c, a) && take_memory(c, a) && find_blocks(c, a))
-        rpc_job(c, attend_run, attend_done);
+    if (!take_request(c, a) || !take_region(c, a) || !put_refs(c, a))
+        return;
+    if (m->q.len > COPY_INLINE) {
+        rpc_job(c, put_run, submit);
+        return;
+    }
+    put_queries(a);
+    submit(c);
 }

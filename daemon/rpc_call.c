@@ -434,6 +434,17 @@ static void on_sent(struct rpc_tag *tag, bool ok)
     call_maybe_end(c);
 }
 
+static void cancel(struct rpc_call *c)
+{
+    struct rpc *rpc = c->conn->rpc;
+
+    atomic_store(&c->cancelled, true);
+    pthread_mutex_lock(&rpc->lock);
+    if (c->cancel_word)
+        atomic_store(c->cancel_word, 1);
+    pthread_mutex_unlock(&rpc->lock);
+}
+
 static void on_closed(struct rpc_tag *tag, bool ok)
 {
     struct rpc_call *c = OF(struct rpc_call, close_tag, tag);
@@ -442,7 +453,7 @@ static void on_closed(struct rpc_tag *tag, bool ok)
     c->n_pending--;
     c->closed = true;
     if (c->was_cancelled)
-        atomic_store(&c->cancelled, true);
+        cancel(c);
     call_maybe_end(c);
 }
 

@@ -12,6 +12,7 @@
 #include "daemon/peer.h"
 #include "daemon/request.h"
 #include "daemon/rpc-internal.h"
+#include "daemon/rpc_batch.h"
 #include "daemon/tenants.h"
 
 /* ---- answers ---- */
@@ -248,6 +249,7 @@ static void link_gone(struct session *s)
     struct rpc_call *c, *next;
 
     conn->session = NULL;
+    conn->batch = rpc_batch_close(conn->batch); /* fails what the attention threads have */
     for (uint32_t id = 1; id <= conn->n_ids; id++)
         if ((c = asked_take(conn, id)))
             fail_gone(c);

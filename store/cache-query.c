@@ -107,6 +107,7 @@ bool cache_entry_brief(const struct cache *c, uint32_t e, struct cache_entry_inf
         return false;
     *ret = (struct cache_entry_info){
         .entry = e,
+        .gen = index_gen(&c->index, e),
         .space = x->space,
         .group = x->group,
         .first = x->flags & SHM_ENTRY_FIRST,

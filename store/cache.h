@@ -157,6 +157,7 @@ uint32_t cache_find(const struct cache *cache, uint32_t space, uint8_t group, co
 
 struct cache_entry_info {
     uint32_t entry;
+    uint32_t gen;              /* of its index entry */
     uint32_t space;
     uint8_t group;
     bool first;

@@ -315,13 +315,52 @@ def test_attend():
     wrong(CODE.INVALID_ARGUMENT, "softcap", softcap=-1)
     wrong(CODE.INVALID_ARGUMENT, "dim_o", dim_o=16)
     wrong(CODE.INVALID_ARGUMENT, "positions", position=[1])
-    wrong(CODE.INVALID_ARGUMENT, "NaN", q=array.array("f", [math.nan] * len(q)).tobytes())
+    wrong(CODE.INVALID_ARGUMENT, "not finite", q=array.array("f", [math.nan] * len(q)).tobytes())
     wrong(CODE.NOT_FOUND, "blocks", first_block=2, n_blocks=3)
     wrong(CODE.NOT_FOUND, "no prefix", prefix=999)
     # Nothing is seen: an empty partial.
     a = c.cache.Attend(kvd.AttentionRequest(**{**good, "first_position": 0, "first_block": 1}))
     check(all(x == -math.inf for x in array.array("f", a.lse)) and not any(array.array("f", a.o)), "an empty partial")
     c.close()
+
+
+def test_attend_together():
+    """Many at once, of several connections over one prefix: computed by the attention threads, each as if it were alone; some are given
+    up."""
+    clients = [Client() for _ in range(3)]
+    models = [Model(c, "together", codec="default") for c in clients]
+    n, heads, tokens = 8, 8, tokens_of(8 * Model.block)
+    keys, data = models[0].match(tokens).key, models[0].data(n)
+    clients[0].cache.Publish(kvd.PublishRequest(publish=models[0].publish_message(tokens, keys, n), data=b"".join(b[0] for b in data)))
+    prefixes = [m.match(tokens).prefix for m in models]
+
+    def request(prefix, q, n_tokens=1):
+        return kvd.AttentionRequest(prefix=prefix, layer=1, n_heads=heads, n_tokens=n_tokens, dtype="f32", q=q, first_position=n * 16,
+                                    scale=0.125)
+
+    queries = [array.array("f", (rng.gauss(0, 1) for _ in range(heads * 64))).tobytes() for _ in range(10)]
+    alone = [clients[0].cache.Attend(request(prefixes[0], q)) for q in queries]
+    before = metric(clients[0], "attend_requests")
+    futures = [clients[i % 3].cache.Attend.future(request(prefixes[i % 3], queries[i % 10])) for i in range(300)]
+    for i, f in enumerate(futures):
+        o, wanted = array.array("f", f.result(timeout=60).o), array.array("f", alone[i % 10].o)
+        check(all(abs(x - y) < 1e-4 for x, y in zip(o, wanted)), f"attention {i}")
+    check(metric(clients[0], "attend_requests") >= before + 300, "they went to the attention threads")
+    # Large ones (their queries are copied by helpers), half of them given up at some point.
+    big = b"".join(rng.choice(queries) for _ in range(200))
+    futures = [clients[i % 3].cache.Attend.future(request(prefixes[i % 3], big, 200)) for i in range(60)]
+    for f in futures[::2]:
+        time.sleep(rng.random() / 500)
+        f.cancel()
+    for f in futures[1::2]:
+        try:
+            check(len(f.result(timeout=60).o) == 200 * heads * Model.dim_v * 4, "a large one")
+        except grpc.RpcError as e:
+            check(e.code() == CODE.RESOURCE_EXHAUSTED, f"{e.code()}: {e.details()}")
+    for c in clients[1:]:  # while some of theirs may still be computed
+        c.close()
+    until(lambda: gauge(clients[0], "grpc_calls_now") == 1 and gauge(clients[0], "grpc_memory_bytes") < 1 << 16, "nothing is kept")
+    clients[0].close()
 
 
 def test_errors():

@@ -56,7 +56,6 @@ static struct rpc *make_rpc(struct daemon *d)
     if (!rpc)
         abort();
     rpc->daemon = d;
-    rpc->attn = attn_ops_choose(&d->cpu);
     rpc->total.limit_bytes = 4 << 20;
     rpc->message_bytes = 64 << 10;
     rpc->conn_calls = 8;
