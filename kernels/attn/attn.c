@@ -67,7 +67,9 @@ void attn_merge(float *o, float *lse, const float *other_o, float other_lse, uin
     mine = expf(*lse - max); /* 0 for an empty one */
     other = expf(other_lse - max);
     sum = mine + other;
+    mine /= sum;
+    other /= sum;
     for (uint32_t i = 0; i < dim; i++)
-        o[i] = (mine * o[i] + other * other_o[i]) / sum;
+        o[i] = mine * o[i] + other * other_o[i];
     *lse = max + logf(sum);
 }

@@ -1,12 +1,12 @@
 /* Attention from decoded tokens: a few at a time are decoded into a buffer of the first-level cache, by the vector decoder of their
  * codec. A part of attn_part.h, which includes it. */
 
-#define ATTN_SUB_FLOATS (ATTN_SUB_BYTES / sizeof(float))
+#define ANY_FLOATS 4096u /* 16 KiB */
 
 /* Tokens decoded together: 4 to 16. */
 VEC uint32_t any_tokens(uint32_t dim)
 {
-    uint32_t n = (uint32_t)(ATTN_SUB_FLOATS / dim) & ~3u;
+    uint32_t n = ANY_FLOATS / dim & ~3u;
 
     return n > 16 ? 16 : n;
 }
@@ -73,7 +73,7 @@ static void any_scores(struct part *p, const struct chunk *c)
 
         p->codec->decode(&l->k, c->tile + l->k_side_off, c->tile + l->k_codes_off, l->n_tokens, l->dim_k, c->t0 + t, c->t0 + t + n,
                          CODEC_F32, k, sizeof(float) * l->dim_k);
-        any_scores_of(p, k, n, p->s + t);
+        any_scores_of(p, k, n, c->s + t);
         part_ahead(p, l->bytes / 8);
     }
 }
@@ -126,10 +126,10 @@ VEC void any_sums(struct part *p, uint32_t row, uint32_t n_rows, const float *w,
 }
 
 /* The factors go into the weights; outputs are multiplied by keep once, with the first tokens. */
-static void any_scale(struct part *p)
+static void any_scale(struct part *p, const struct chunk *c)
 {
     for (uint32_t row = 0; row < p->n; row++) {
-        float *s = p->s + (size_t)row * ATTN_CHUNK;
+        float *s = c->s + (size_t)row * ATTN_CHUNK;
         wf by = wf_set1(p->gain[row]);
 
         for (uint32_t t = 0; t < ATTN_CHUNK; t += WIDTH)
@@ -146,15 +146,15 @@ static void any_values(struct part *p, const struct chunk *c)
     const uint8_t *side = c->tile + (own ? l->v_side_off : l->k_side_off), *codes = c->tile + (own ? l->v_codes_off : l->k_codes_off);
     float *v = (float *)p->sub;
 
-    any_scale(p);
+    any_scale(p, c);
     for (uint32_t t = 0; t < c->n; t += step) {
         uint32_t n = min_u32(step, c->n - t), row = 0;
 
         p->codec->decode(spec, side, codes, l->n_tokens, dim, c->t0 + t, c->t0 + t + n, CODEC_F32, v, sizeof(float) * dim);
         for (; row + ROWS <= p->n; row += ROWS)
-            any_sums(p, row, ROWS, p->s + (size_t)row * ATTN_CHUNK + t, v, dim, n);
+            any_sums(p, row, ROWS, c->s + (size_t)row * ATTN_CHUNK + t, v, dim, n);
         for (; row < p->n; row++)
-            any_sums(p, row, 1, p->s + (size_t)row * ATTN_CHUNK + t, v, dim, n);
+            any_sums(p, row, 1, c->s + (size_t)row * ATTN_CHUNK + t, v, dim, n);
         for (row = 0; t == 0 && row < p->n; row++)
             p->keep[row] = 1;
         part_ahead(p, l->bytes / 8);

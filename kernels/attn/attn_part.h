@@ -35,35 +35,65 @@ struct part {
     uint32_t n_slabs;    /* WIDTH * 8 channels of values each, the last one perhaps in part */
     uint32_t q_first, q_last; /* positions */
     float unit;          /* of scores: before the cap if there is one, else base 2 */
-    float *s;            /* [rows][64] scores, then weights */
+    float *s[2];         /* [rows][64] scores, then weights, of two chunks in hand */
     int16_t *w;          /* [rows][64] weights times norms */
     float *q_pairs;      /* [rows][pieces][32] even channels, odd channels */
     uint8_t *q_bytes;    /* [rows][pieces] even high, odd high, even low, odd low: 16 bytes each */
+    uint8_t *q_wide;     /* [4][pieces] the same for 4 rows, each 16 bytes four times */
     float *step, *middle; /* [pieces][32] as q_pairs */
+    float *q_top;        /* [rows] largest magnitude of query * step */
     float *alpha, *beta; /* [rows] score = alpha * integer + beta */
-    float *max, *sum, *top; /* [rows] of the chunk: largest score, sum of weights, largest weight times norm */
+    float *max, *sum;    /* [rows] of the chunk: largest score (plus logarithm of norm), sum of weights relative to it */
     float *keep, *gain;  /* [rows] factors of what was summed and of the chunk */
     struct levels plain, code, block;
     float *o_code;       /* [rows][slabs][8][WIDTH] in the rotated domain */
     uint8_t *sub;        /* ATTN_SUB_BYTES */
-    float norm[ATTN_CHUNK];
-    const uint8_t *bytes_of; /* the tile that q_bytes, alpha and beta are for */
-    const uint8_t *ahead, *ahead_end; /* what will be read next */
+    uint8_t *pad;        /* ATTN_PAD_BYTES: codes of keys at the end of a block */
+    float norm_log[ATTN_CHUNK], norm_inverse[ATTN_CHUNK]; /* of the tokens of the chunk, values by code */
+    float norm_whole[ATTN_CHUNK]; /* WEIGHT_MAX, or 0 where the norm is 0 */
+    const uint8_t *ahead[2], *ahead_end[2]; /* what will be read next */
 };
 
 /* A chunk: tokens t0 .. t0 + n - 1 of a block, at position pos. */
 struct chunk {
     const struct tile_layout *layout;
     const uint8_t *tile;
+    size_t block;
     uint32_t t0, n, pos;
     bool all_seen; /* every row sees all of it */
+    float *s;      /* [rows][64] scores, then weights */
 };
 
-#define UNROLL _Pragma("GCC unroll 4")
+#define UNROLL _Pragma("GCC unroll 8")
 
 VEC uint32_t min_u32(uint32_t a, uint32_t b)
 {
     return a < b ? a : b;
+}
+
+/* 2^x for x <= 0, relative error 3e-6; never below 2^-126. */
+VEC wf wf_exp2_quick(wf x)
+{
+    wf v = wf_max(x, wf_set1(-126)), n = wf_round(v), f = wf_sub(v, n);
+    wf y = wf_fma(wf_set1(0.00958285260f), f, wf_set1(0.0559064347f));
+
+    y = wf_fma(y, f, wf_set1(0.240240987f));
+    y = wf_fma(y, f, wf_set1(0.693124192f));
+    return wf_scale_normal(wf_fma(y, f, wf_set1(1)), n);
+}
+
+/* log2 of a positive normal number, error 4e-7. */
+VEC wf wf_log2(wf x)
+{
+    wf n, t = wf_sub(wf_mantissa(x, &n), wf_set1(1));
+    wf y = wf_fma(wf_set1(0.114521843f), t, wf_set1(-0.240703109f));
+
+    y = wf_fma(y, t, wf_set1(0.299766229f));
+    y = wf_fma(y, t, wf_set1(-0.362009714f));
+    y = wf_fma(y, t, wf_set1(0.480521133f));
+    y = wf_fma(y, t, wf_set1(-0.721309382f));
+    y = wf_fma(y, t, wf_set1(1.44269843f));
+    return wf_fma(y, t, n);
 }
 
 /* 2^x for x <= 0; 0 below 2^-126. Relative error 2e-7. */
@@ -81,12 +111,26 @@ VEC wf wf_exp2(wf x)
 /* Asks for the next n bytes of what will be read next. */
 VEC void part_ahead(struct part *p, uint32_t n)
 {
-    for (uint32_t i = 0; i < n && p->ahead < p->ahead_end; i += 64, p->ahead += 64)
-        _mm_prefetch((const char *)p->ahead, _MM_HINT_T0);
+    uint32_t i = p->ahead[0] >= p->ahead_end[0];
+    const uint8_t *at = p->ahead[i], *end = at + n < p->ahead_end[i] ? at + n : p->ahead_end[i];
+
+    for (; at < end; at += 64)
+        _mm_prefetch((const char *)at, _MM_HINT_T0);
+    p->ahead[i] = at;
 }
 
 #include "kernels/attn/attn_any.h"
 #include "kernels/attn/attn_code.h"
+
+static bool keys_by_code(const struct tile_layout *l)
+{
+    return l->k.id == CODEC_KC4 && l->k.grid == CODEC_GRID_INT;
+}
+
+static bool values_by_code(const struct tile_layout *l)
+{
+    return l->dim_v && l->v.id == CODEC_TQ4;
+}
 
 /* ---- weights ---- */
 
@@ -99,106 +143,119 @@ VEC wf wf_cap(wf s, float softcap)
     return wf_copysign(y, s);
 }
 
-/* Scores of a row: capped, hidden ones made -infinity; the largest by lanes. */
-VEC wf row_scores(struct part *p, const struct chunk *c, uint32_t row)
+/* Scores of a row: capped, hidden ones made -infinity; the largest by lanes, with values by code of the sums with the norms'
+ * logarithms. */
+VEC wf row_scores(struct part *p, const struct chunk *c, uint32_t row, bool by_code)
 {
-    float *s = p->s + (size_t)row * ATTN_CHUNK, cap = p->params->softcap;
+    float *s = c->s + (size_t)row * ATTN_CHUNK, cap = p->params->softcap;
+    bool as_is = c->all_seen && c->n == ATTN_CHUNK && cap == 0;
+    struct attn_sight sight = {0};
     wf max = wf_set1(-INFINITY);
 
-    if (c->all_seen && c->n == ATTN_CHUNK && cap == 0) {
-        for (uint32_t t = 0; t < ATTN_CHUNK; t += WIDTH)
-            max = wf_max(max, wf_load(s + t));
-        return max;
-    }
-    struct attn_sight sight = attn_sight(p->params, c->pos, c->n, p->rows->q_pos[row]);
-
+    if (!as_is)
+        sight = attn_sight(p->params, c->pos, c->n, p->rows->q_pos[row]);
     for (uint32_t t = 0; t < ATTN_CHUNK; t += WIDTH) {
         wf v = wf_load(s + t);
 
-        v = wf_see(cap > 0 ? wf_cap(v, cap) : v, t, sight.head, sight.from, sight.to);
-        wf_store(s + t, v);
-        max = wf_max(max, v);
+        if (!as_is)
+            v = wf_see(cap > 0 ? wf_cap(v, cap) : v, t, sight.head, sight.from, sight.to);
+        if (!as_is)
+            wf_store(s + t, v);
+        max = wf_max(max, by_code ? wf_add(v, wf_load(p->norm_log + t)) : v);
     }
     return max;
 }
 
-/* Scores to weights relative to max; with values by code the largest weight times norm, by lanes. */
-VEC wf row_weights(struct part *p, uint32_t row, wf max, bool by_code, wf *ret_sum)
+/* Scores to weights relative to max; their sum by lanes. */
+VEC wf row_weights(const struct chunk *c, uint32_t row, wf max)
 {
-    float *s = p->s + (size_t)row * ATTN_CHUNK;
-    wf sum = wf_set1(0), top = wf_set1(0);
+    float *s = c->s + (size_t)row * ATTN_CHUNK;
+    wf sum = wf_set1(0);
 
-    max = wf_max(max, wf_set1(FAR));
     for (uint32_t t = 0; t < ATTN_CHUNK; t += WIDTH) {
         wf v = wf_exp2(wf_sub(wf_load(s + t), max));
 
         sum = wf_add(sum, v);
-        if (by_code) {
-            v = wf_mul(v, wf_load(p->norm + t));
-            top = wf_max(top, wf_abs(v));
-        }
         wf_store(s + t, v);
     }
-    *ret_sum = sum;
-    return top;
+    return sum;
 }
 
-VEC void row_integers(struct part *p, uint32_t row, wf top)
+/* The same for values by code: weights times norms as whole numbers, relative to the largest. */
+VEC wf row_integers(const struct part *p, const struct chunk *c, uint32_t row, wf max)
 {
-    const float *s = p->s + (size_t)row * ATTN_CHUNK;
-    wf by = wf_div(wf_set1(WEIGHT_MAX), wf_max(top, wf_set1(1e-30f)));
+    const float *s = c->s + (size_t)row * ATTN_CHUNK;
+    wf sum = wf_set1(0);
 
-    for (uint32_t t = 0; t < ATTN_CHUNK; t += WIDTH)
-        wf_store_int16(p->w + (size_t)row * ATTN_CHUNK + t, wf_mul(wf_load(s + t), by));
+    UNROLL
+    for (uint32_t t = 0; t < ATTN_CHUNK; t += 2 * WIDTH) {
+        wf v[2];
+
+        UNROLL
+        for (uint32_t i = 0; i < 2; i++) {
+            uint32_t at = t + i * WIDTH;
+
+            v[i] = wf_exp2_quick(wf_add(wf_load(s + at), wf_sub(wf_load(p->norm_log + at), max)));
+            sum = wf_fma(v[i], wf_load(p->norm_inverse + at), sum);
+            v[i] = wf_mul(v[i], wf_load(p->norm_whole + at));
+        }
+        wf_store_int16(p->w + (size_t)row * ATTN_CHUNK + t, v[0], v[1]);
+    }
+    return sum;
+}
+
+VEC void tops_of(struct part *p, const struct chunk *c, uint32_t row, uint32_t n, bool by_code)
+{
+    wf v[4], max[4];
+
+    UNROLL
+    for (uint32_t i = 0; i < 4; i++)
+        v[i] = i < n ? row_scores(p, c, row + i, by_code) : v[0];
+    wf_max4(v, max);
+    UNROLL
+    for (uint32_t i = 0; i < n; i++)
+        p->max[row + i] = wf_first(max[i]);
 }
 
 VEC void weights_of(struct part *p, const struct chunk *c, uint32_t row, uint32_t n, bool by_code)
 {
-    wf v[4], max[4], sum[4], top[4];
+    wf v[4];
 
-    UNROLL
-    for (uint32_t i = 0; i < 4; i++)
-        v[i] = i < n ? row_scores(p, c, row + i) : v[0];
-    wf_max4(v, max);
     UNROLL
     for (uint32_t i = 0; i < 4; i++) {
+        wf max = wf_max(wf_set1(p->max[row + (i < n ? i : 0)]), wf_set1(FAR));
+
         if (i < n)
-            top[i] = row_weights(p, row + i, max[i], by_code, v + i);
+            v[i] = by_code ? row_integers(p, c, row + i, max) : row_weights(c, row + i, max);
         else
-            top[i] = v[i] = wf_set1(0);
+            v[i] = wf_set1(0);
     }
-    wf_sum4(v, sum);
-    if (by_code) {
-        wf_max4(top, v);
-        UNROLL
-        for (uint32_t i = 0; i < n; i++) {
-            row_integers(p, row + i, v[i]);
-            p->top[row + i] = wf_first(v[i]);
-        }
-    }
+    wf_sum4(v, v);
     UNROLL
-    for (uint32_t i = 0; i < n; i++) {
-        p->max[row + i] = wf_first(max[i]);
-        p->sum[row + i] = wf_first(sum[i]);
-    }
+    for (uint32_t i = 0; i < n; i++)
+        p->sum[row + i] = wf_first(v[i]);
 }
 
-static void weights(struct part *p, const struct chunk *c, bool by_code)
+/* The largest scores of all rows. */
+static void chunk_tops(struct part *p, const struct chunk *c)
 {
+    bool by_code = values_by_code(c->layout);
     uint32_t row = 0;
 
+    if (by_code)
+        code_norms(p, c);
     for (; row + 4 <= p->n; row += 4) {
         if (by_code)
-            weights_of(p, c, row, 4, true);
+            tops_of(p, c, row, 4, true);
         else
-            weights_of(p, c, row, 4, false);
+            tops_of(p, c, row, 4, false);
     }
     for (; row < p->n; row++)
-        weights_of(p, c, row, 1, by_code);
+        tops_of(p, c, row, 1, by_code);
 }
 
 /* Adds the chunk to sums; keep and gain become the factors that outputs need. */
-VEC void levels_add(struct part *p, struct levels l)
+static __attribute__((noinline)) void levels_add(struct part *p, struct levels l)
 {
     for (uint32_t r = 0; r < p->n; r += WIDTH) {
         wf old = wf_load(l.max + r), new = wf_load(p->max + r), max = wf_max(old, new), safe = wf_max(max, wf_set1(FAR));
@@ -234,38 +291,134 @@ static bool part_sees(const struct part *p, uint32_t pos, uint32_t n, bool *ret_
     return !params->window || pos < params->sink_tokens || (uint64_t)p->q_first < end - 1 + params->window;
 }
 
-static void chunk_add(struct part *p, const struct chunk *c)
+static void chunk_scores(struct part *p, const struct chunk *c)
 {
-    bool by_code = c->layout->dim_v && c->layout->v.id == CODEC_TQ4;
-
-    if (c->layout->k.id == CODEC_KC4 && c->layout->k.grid == CODEC_GRID_INT)
+    if (keys_by_code(c->layout))
         code_scores(p, c);
     else
         any_scores(p, c);
-    if (by_code)
-        code_norms(p, c);
-    weights(p, c, by_code);
+}
+
+static void chunk_weights(struct part *p, const struct chunk *c)
+{
+    bool by_code = values_by_code(c->layout);
+    uint32_t row = 0;
+
+    for (; row + 4 <= p->n; row += 4) {
+        if (by_code)
+            weights_of(p, c, row, 4, true);
+        else
+            weights_of(p, c, row, 4, false);
+    }
+    for (; row < p->n; row++)
+        weights_of(p, c, row, 1, by_code);
     if (p->out->block_lse)
         levels_add(p, p->block);
     levels_add(p, by_code ? p->code : p->plain);
-    if (by_code)
+}
+
+static void chunk_values(struct part *p, const struct chunk *c)
+{
+    if (values_by_code(c->layout))
         code_values(p, c);
     else
         any_values(p, c);
 }
 
-static void block_add(struct part *p, const struct attn_block *block, size_t at, size_t n_blocks)
-{
-    if (p->out->block_lse)
-        levels_reset(p, p->block);
-    for (uint32_t t = 0; t < block->n_tokens; t += ATTN_CHUNK) {
-        struct chunk c = {block->layout, block->tile, t, min_u32(ATTN_CHUNK, block->n_tokens - t), block->pos + t, false};
+/* The next chunk that a row sees. */
+struct walk {
+    const struct attn_block *blocks;
+    size_t n_blocks, at;
+    uint32_t t;
+};
 
-        if (part_sees(p, c.pos, c.n, &c.all_seen))
-            chunk_add(p, &c);
+static bool walk_next(const struct part *p, struct walk *w, struct chunk *ret_chunk)
+{
+    for (; w->at < w->n_blocks; w->at++, w->t = 0) {
+        const struct attn_block *b = w->blocks + w->at;
+
+        for (; w->t < b->n_tokens; w->t += ATTN_CHUNK) {
+            uint32_t n = min_u32(ATTN_CHUNK, b->n_tokens - w->t), pos = b->pos + w->t;
+
+            if (!part_sees(p, pos, n, &ret_chunk->all_seen))
+                continue;
+            ret_chunk->layout = b->layout;
+            ret_chunk->tile = b->tile;
+            ret_chunk->block = w->at;
+            ret_chunk->t0 = w->t;
+            ret_chunk->n = n;
+            ret_chunk->pos = pos;
+            w->t += ATTN_CHUNK;
+            return true;
+        }
     }
-    for (uint32_t r = 0; p->out->block_lse && r < p->n; r++)
-        p->out->block_lse[r * n_blocks + at] = (p->block.max[r] + log2f(p->block.sum[r])) * LN2;
+    return false;
+}
+
+/* What is to be asked for: keys' codes, with the side data before them at the begin of a block, and values' codes. */
+static void ahead_set(struct part *p, const struct chunk *c)
+{
+    const struct tile_layout *l = c->layout;
+    const uint8_t *k = c->tile + l->k_codes_off, *v = c->tile + l->v_codes_off;
+    uint32_t k_row = l->k_codes_bytes / l->n_tokens, v_row = l->v_codes_bytes / l->n_tokens;
+
+    p->ahead[0] = c->t0 ? k + (size_t)c->t0 * k_row : c->tile;
+    p->ahead_end[0] = k + (size_t)(c->t0 + c->n) * k_row;
+    p->ahead[1] = v + (size_t)c->t0 * v_row;
+    p->ahead_end[1] = v + (size_t)(c->t0 + c->n) * v_row;
+}
+
+static void block_end(struct part *p, size_t block, size_t n_blocks)
+{
+    for (uint32_t r = 0; r < p->n; r++)
+        p->out->block_lse[r * n_blocks + block] = (p->block.max[r] + log2f(p->block.sum[r])) * LN2;
+    levels_reset(p, p->block);
+}
+
+/* What of the queries depends on the block, in two steps; done when a chunk begins a block of its codec. */
+static bool begins_block(const struct chunk *c, const struct chunk *before)
+{
+    return keys_by_code(c->layout) && (!before || before->block != c->block);
+}
+
+/* Each turn does one step of several chunks, and steps that wait for each other have others between them: scores of this chunk, the
+ * queries of the one after, weights and values of the one before; the second one after is asked for. */
+static void part_walk(struct part *p, const struct attn_block *blocks, size_t n_blocks)
+{
+    struct walk w = {blocks, n_blocks, 0, 0};
+    struct chunk ring[4];
+    bool more = true;
+
+    for (size_t i = 0, n = 0; i <= n; i++) { /* n: chunks so far */
+        struct chunk *before = ring + (i + 3) % 4, *this = ring + i % 4, *after = ring + (i + 1) % 4;
+        bool queries;
+
+        for (; more && n < i + 3; n += more) {
+            more = walk_next(p, &w, ring + n % 4);
+            ring[n % 4].s = p->s[n % 2];
+        }
+        if (i == 0 && n && begins_block(this, NULL)) {
+            code_tops(p, this);
+            code_bytes(p);
+        }
+        if (i + 2 < n)
+            ahead_set(p, ring + (i + 2) % 4);
+        if (i < n)
+            chunk_scores(p, this);
+        queries = i + 1 < n && begins_block(after, this);
+        if (queries)
+            code_tops(p, after);
+        if (i)
+            chunk_tops(p, before);
+        if (queries)
+            code_bytes(p);
+        if (i) {
+            chunk_weights(p, before);
+            if (p->out->block_lse && (i == n || this->block != before->block))
+                block_end(p, before->block, n_blocks);
+            chunk_values(p, before);
+        }
+    }
 }
 
 /* ---- the call ---- */
@@ -273,15 +426,18 @@ static void block_add(struct part *p, const struct attn_block *block, size_t at,
 /* Both partials of a row: the plain one is in o, relative to its level; becomes the output. */
 static void row_end(struct part *p, uint32_t row)
 {
-    float *o = p->out->o + (size_t)row * p->dim_o, *lse = p->out->lse + row;
+    float *o = p->out->o + (size_t)row * p->dim_o, *lse = p->out->lse + row, *rotated = (float *)p->sub;
     float plain = p->plain.sum[row], code = p->code.sum[row];
 
-    *lse = plain > 0 ? (p->plain.max[row] + log2f(plain)) * LN2 : -INFINITY;
-    for (uint32_t i = 0; i < p->dim_o; i++)
-        o[i] = plain > 0 ? o[i] / plain : 0;
-    if (code > 0) {
-        float *rotated = (float *)p->sub;
+    *lse = -INFINITY;
+    if (plain > 0) {
+        wf by = wf_set1(1 / plain);
 
+        *lse = (p->plain.max[row] + log2f(plain)) * LN2;
+        for (uint32_t i = 0; i < p->dim_o; i += WIDTH)
+            wf_store(o + i, wf_mul(wf_load(o + i), by));
+    }
+    if (code > 0) {
         code_rotate_back(p, row, 1 / code, rotated);
         attn_merge(o, lse, rotated, (p->code.max[row] + log2f(code)) * LN2, p->dim_o);
     }
@@ -303,7 +459,8 @@ static void part_init(struct part *p, const struct attn_params *params, const st
     p->n_pieces = (p->dim_k + 31) / 32;
     p->n_slabs = (p->dim_o + 8 * WIDTH - 1) / (8 * WIDTH);
     p->unit = params->softcap > 0 ? params->scale : params->scale * LOG2E;
-    p->s = take_rows(p, &at, ATTN_CHUNK);
+    p->s[0] = take_rows(p, &at, ATTN_CHUNK);
+    p->s[1] = take_rows(p, &at, ATTN_CHUNK);
     p->w = (int16_t *)take_rows(p, &at, ATTN_CHUNK / 2);
     p->q_pairs = take_rows(p, &at, p->n_pieces * 32);
     p->q_bytes = (uint8_t *)take_rows(p, &at, p->n_pieces * 16);
@@ -311,11 +468,13 @@ static void part_init(struct part *p, const struct attn_params *params, const st
     p->middle = attn_take(&at, sizeof(float) * p->n_pieces * 32);
     p->o_code = take_rows(p, &at, p->n_slabs * 8 * WIDTH);
     p->sub = attn_take(&at, ATTN_SUB_BYTES);
+    p->pad = attn_take(&at, ATTN_PAD_BYTES);
+    p->q_wide = attn_take(&at, 4 * 256 * p->n_pieces);
+    p->q_top = take_rows(p, &at, 1);
     p->alpha = take_rows(p, &at, 1);
     p->beta = take_rows(p, &at, 1);
     p->max = take_rows(p, &at, 1);
     p->sum = take_rows(p, &at, 1);
-    p->top = take_rows(p, &at, 1);
     p->keep = take_rows(p, &at, 1);
     p->gain = take_rows(p, &at, 1);
     p->plain = (struct levels){take_rows(p, &at, 1), take_rows(p, &at, 1)};
@@ -328,15 +487,17 @@ static void part_init(struct part *p, const struct attn_params *params, const st
     }
 }
 
-static void part_clear(struct part *p)
+static void part_clear(struct part *p, size_t n_blocks)
 {
     memset(p->out->o, 0, sizeof(float) * p->n * p->dim_o);
     memset(p->o_code, 0, sizeof(float) * p->n * p->n_slabs * 8 * WIDTH);
     memset(p->max, 0, sizeof(float) * p->rows_up);
     memset(p->sum, 0, sizeof(float) * p->rows_up);
-    memset(p->top, 0, sizeof(float) * p->rows_up);
     levels_reset(p, p->plain);
     levels_reset(p, p->code);
+    levels_reset(p, p->block);
+    for (size_t i = 0; p->out->block_lse && i < p->n * n_blocks; i++)
+        p->out->block_lse[i] = -INFINITY;
 }
 
 static void vector_partial(const struct attn_params *params, const struct attn_block *blocks, size_t n_blocks,
@@ -346,18 +507,12 @@ static void vector_partial(const struct attn_params *params, const struct attn_b
     bool by_code = false;
 
     part_init(&p, params, n_blocks ? blocks[0].layout : NULL, rows, out, work);
-    part_clear(&p);
+    part_clear(&p, n_blocks);
     for (size_t b = 0; b < n_blocks && !by_code; b++)
         by_code = blocks[b].layout->k.id == CODEC_KC4;
     if (by_code)
         code_queries(&p);
-    for (size_t b = 0; b < n_blocks; b++) {
-        if (b + 1 < n_blocks) {
-            p.ahead = blocks[b + 1].tile;
-            p.ahead_end = p.ahead + blocks[b + 1].layout->bytes;
-        }
-        block_add(&p, blocks + b, b, n_blocks);
-    }
+    part_walk(&p, blocks, n_blocks);
     for (uint32_t row = 0; row < p.n; row++)
         row_end(&p, row);
 }

@@ -45,6 +45,36 @@ VEC void wf_load_f16_pairs(const void *p, wf *ret_even, wf *ret_odd)
     *ret_odd = f16_low_halves(_mm256_srli_epi32(v, 16));
 }
 
+VEC wf wf_max_abs(wf a, wf b) { return wf_max(a, wf_abs(b)); }
+VEC wf wf_flip(wf v, const uint32_t *mask)
+{
+    return _mm256_xor_ps(v, _mm256_castsi256_ps(_mm256_loadu_si256((const __m256i *)mask)));
+}
+VEC void wf_load_pairs(const float *p, wf *ret_even, wf *ret_odd)
+{
+    wf a = wf_load(p), b = wf_load(p + 8);
+
+    *ret_even = _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(_mm256_shuffle_ps(a, b, 0x88)), 0xd8));
+    *ret_odd = _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(_mm256_shuffle_ps(a, b, 0xdd)), 0xd8));
+}
+VEC void wf_store_pairs(float *p, wf even, wf odd)
+{
+    wf a = _mm256_unpacklo_ps(even, odd), b = _mm256_unpackhi_ps(even, odd);
+
+    _mm_storeu_ps(p, _mm256_castps256_ps128(a));
+    _mm_storeu_ps(p + 4, _mm256_castps256_ps128(b));
+    _mm_storeu_ps(p + 32, _mm256_extractf128_ps(a, 1));
+    _mm_storeu_ps(p + 36, _mm256_extractf128_ps(b, 1));
+}
+VEC wf wf_butterfly(wf v, uint32_t bit)
+{
+    const __m256i number = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), mask = _mm256_set1_epi32(1 << bit);
+    wf other = _mm256_permutevar8x32_ps(v, _mm256_xor_si256(number, mask));
+    __m256i upper = _mm256_cmpeq_epi32(_mm256_and_si256(number, mask), mask);
+
+    return _mm256_add_ps(other, _mm256_xor_ps(v, _mm256_and_ps(_mm256_castsi256_ps(upper), _mm256_set1_ps(-0.0f))));
+}
+
 VEC wf wf_scale(wf x, wf n)
 {
     __m256i e = _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23);
@@ -52,6 +82,20 @@ VEC wf wf_scale(wf x, wf n)
 
     return _mm256_and_ps(y, _mm256_cmp_ps(n, _mm256_set1_ps(-126), _CMP_GE_OQ));
 }
+
+VEC wf wf_scale_normal(wf x, wf n)
+{
+    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(x), _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23)));
+}
+VEC wf wf_mantissa(wf x, wf *ret_n)
+{
+    __m256i u = _mm256_castps_si256(x);
+    __m256i n = _mm256_srai_epi32(_mm256_sub_epi32(u, _mm256_set1_epi32(0x3f400000)), 23);
+
+    *ret_n = _mm256_cvtepi32_ps(n);
+    return _mm256_castsi256_ps(_mm256_sub_epi32(u, _mm256_slli_epi32(n, 23)));
+}
+VEC wf wf_where_more(wf a, wf b, wf v) { return _mm256_and_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ), v); }
 
 VEC wf wf_see(wf v, uint32_t first, uint32_t head, uint32_t from, uint32_t to)
 {
@@ -114,9 +158,16 @@ VEC __m128i lane_load(const uint8_t *p, int half)
 {
     return half ? _mm_loadl_epi64((const __m128i *)p) : _mm_loadu_si128((const __m128i *)p);
 }
-VEC wi wi_gather_lanes(const uint8_t *const row[2], uint32_t off, int half)
+VEC void wi_transpose_lanes(wi x[2])
 {
-    return _mm256_inserti128_si256(_mm256_castsi128_si256(lane_load(row[0] + off, half)), lane_load(row[1] + off, half), 1);
+    wi a = _mm256_permute2x128_si256(x[0], x[1], 0x20);
+
+    x[1] = _mm256_permute2x128_si256(x[0], x[1], 0x31);
+    x[0] = a;
+}
+VEC wi wi_gather_lanes(const uint8_t *p, size_t stride, int half)
+{
+    return _mm256_inserti128_si256(_mm256_castsi128_si256(lane_load(p, half)), lane_load(p + stride, half), 1);
 }
 
 VEC wi wi_fold_lanes(const wi a[4])
@@ -127,21 +178,32 @@ VEC wi wi_fold_lanes(const wi a[4])
     return _mm256_add_epi32(_mm256_unpacklo_epi64(s, u), _mm256_unpackhi_epi64(s, u));
 }
 
-VEC __m128i wf_to_int16(wf v)
+VEC void wf_split32(const wf v[4], uint8_t *to, wi *total)
 {
-    wi n = _mm256_cvtps_epi32(v);
+    const wi order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    wi n[4], high[2];
 
-    return _mm256_castsi256_si128(_mm256_permute4x64_epi64(_mm256_packs_epi32(n, n), 0xd8));
+    for (int i = 0; i < 4; i++) {
+        n[i] = _mm256_cvtps_epi32(v[i]);
+        *total = _mm256_add_epi32(*total, n[i]);
+    }
+    for (int i = 0; i < 2; i++) {
+        n[i] = _mm256_packs_epi32(n[2 * i], n[2 * i + 1]);
+        high[i] = _mm256_srli_epi16(_mm256_add_epi16(n[i], _mm256_set1_epi16(128)), 8);
+        n[i] = _mm256_and_si256(n[i], _mm256_set1_epi16(255));
+    }
+    _mm256_storeu_si256((__m256i *)to, _mm256_permutevar8x32_epi32(_mm256_packus_epi16(high[0], high[1]), order));
+    _mm256_storeu_si256((__m256i *)to + 1, _mm256_permutevar8x32_epi32(_mm256_packus_epi16(n[0], n[1]), order));
 }
-VEC void wf_split(wf v, uint8_t *hi, uint8_t *lo)
+VEC void wf_store_int16(int16_t *p, wf a, wf b)
 {
-    __m128i n = wf_to_int16(v), h = _mm_srai_epi16(_mm_add_epi16(n, _mm_set1_epi16(128)), 8);
-    __m128i l = _mm_srai_epi16(_mm_slli_epi16(n, 8), 8), both = _mm_packs_epi16(l, h);
+    wi n = _mm256_packs_epi32(_mm256_cvtps_epi32(a), _mm256_cvtps_epi32(b));
 
-    _mm_storel_epi64((__m128i *)lo, both);
-    _mm_storel_epi64((__m128i *)hi, _mm_unpackhi_epi64(both, both));
+    _mm256_storeu_si256((__m256i *)p, _mm256_permute4x64_epi64(n, 0xd8));
 }
-VEC void wf_store_int16(int16_t *p, wf v) { _mm_storeu_si128((__m128i *)p, wf_to_int16(v)); }
+
+/* ROWS rows do not go a way of their own here. */
+VEC void wf_split32_wide(const wf v[4], uint8_t *to, wi *total) { wf_split32(v, to, total); }
 
 /* ---- values of two tokens ---- */
 
@@ -164,21 +226,17 @@ VEC wi wi_load_n(const uint8_t *p, uint32_t n)
         return _mm256_loadu_si256((const __m256i *)p);
     return _mm256_maskload_epi32((const int *)p, _mm256_cmpgt_epi32(_mm256_set1_epi32((int)n / 4), words));
 }
-VEC wi wtab_half(wtab t, wi nib, int half)
-{
-    wi l = _mm256_shuffle_epi8(t.low, nib), h = _mm256_shuffle_epi8(t.high, nib);
-
-    return half ? _mm256_unpackhi_epi8(l, h) : _mm256_unpacklo_epi8(l, h);
-}
 VEC void wtab_pairs(wtab t, wi a, wi b, int half, wi ret[4])
 {
-    wi a0 = wtab_half(t, wi_nib_low(a), half), a1 = wtab_half(t, wi_nib_high(a), half);
-    wi b0 = wtab_half(t, wi_nib_low(b), half), b1 = wtab_half(t, wi_nib_high(b), half);
+    wi x = half ? _mm256_unpackhi_epi8(a, b) : _mm256_unpacklo_epi8(a, b), even = wi_nib_low(x), odd = wi_nib_high(x);
+    wi l = _mm256_shuffle_epi8(t.low, even), h = _mm256_shuffle_epi8(t.high, even);
 
-    ret[0] = _mm256_unpacklo_epi16(a0, b0);
-    ret[1] = _mm256_unpacklo_epi16(a1, b1);
-    ret[2] = _mm256_unpackhi_epi16(a0, b0);
-    ret[3] = _mm256_unpackhi_epi16(a1, b1);
+    ret[0] = _mm256_unpacklo_epi8(l, h);
+    ret[2] = _mm256_unpackhi_epi8(l, h);
+    l = _mm256_shuffle_epi8(t.low, odd);
+    h = _mm256_shuffle_epi8(t.high, odd);
+    ret[1] = _mm256_unpacklo_epi8(l, h);
+    ret[3] = _mm256_unpackhi_epi8(l, h);
 }
 
 #endif

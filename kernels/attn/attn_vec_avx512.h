@@ -23,7 +23,8 @@ VEC wf wf_sub(wf a, wf b) { return _mm512_sub_ps(a, b); }
 VEC wf wf_mul(wf a, wf b) { return _mm512_mul_ps(a, b); }
 VEC wf wf_div(wf a, wf b) { return _mm512_div_ps(a, b); }
 VEC wf wf_fma(wf a, wf b, wf c) { return _mm512_fmadd_ps(a, b, c); }
-VEC wf wf_max(wf a, wf b) { return _mm512_max_ps(a, b); }
+VEC wf wf_max(wf a, wf b) /* b if one is no number */
+ { return _mm512_max_ps(a, b); }
 VEC wf wf_min(wf a, wf b) { return _mm512_min_ps(a, b); }
 VEC wf wf_abs(wf a) { return _mm512_abs_ps(a); }
 VEC wf wf_copysign(wf magnitude, wf sign)
@@ -41,11 +42,65 @@ VEC void wf_load_f16_pairs(const void *p, wf *ret_even, wf *ret_odd)
     *ret_odd = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(v, 16)));
 }
 
+/* The larger of a and |b|, a >= 0. */
+VEC wf wf_max_abs(wf a, wf b) { return _mm512_range_ps(a, b, 0x0b); }
+/* Changes the signs where the mask's sign bit is set. */
+VEC wf wf_flip(wf v, const uint32_t *mask)
+{
+    return _mm512_castsi512_ps(_mm512_xor_si512(_mm512_castps_si512(v), _mm512_loadu_si512(mask)));
+}
+/* The even and the odd ones of 2 WIDTH floats. */
+VEC void wf_load_pairs(const float *p, wf *ret_even, wf *ret_odd)
+{
+    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    wf a = wf_load(p), b = wf_load(p + 16);
+
+    *ret_even = _mm512_permutex2var_ps(a, even, b);
+    *ret_odd = _mm512_permutex2var_ps(a, _mm512_add_epi32(even, _mm512_set1_epi32(1)), b);
+}
+/* Elements of even and odd by turns: the eight of lane i to p + 32 i. */
+VEC void wf_store_pairs(float *p, wf even, wf odd)
+{
+    wf a = _mm512_unpacklo_ps(even, odd), b = _mm512_unpackhi_ps(even, odd);
+
+    _mm_storeu_ps(p, _mm512_castps512_ps128(a));
+    _mm_storeu_ps(p + 4, _mm512_castps512_ps128(b));
+    _mm_storeu_ps(p + 32, _mm512_extractf32x4_ps(a, 1));
+    _mm_storeu_ps(p + 36, _mm512_extractf32x4_ps(b, 1));
+    _mm_storeu_ps(p + 64, _mm512_extractf32x4_ps(a, 2));
+    _mm_storeu_ps(p + 68, _mm512_extractf32x4_ps(b, 2));
+    _mm_storeu_ps(p + 96, _mm512_extractf32x4_ps(a, 3));
+    _mm_storeu_ps(p + 100, _mm512_extractf32x4_ps(b, 3));
+}
+/* Sum and difference of elements whose numbers differ in one bit. */
+VEC wf wf_butterfly(wf v, uint32_t bit)
+{
+    const __m512i number = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    __mmask16 upper = _mm512_test_epi32_mask(number, _mm512_set1_epi32(1 << bit));
+    wf other = _mm512_permutexvar_ps(_mm512_xor_si512(number, _mm512_set1_epi32(1 << bit)), v);
+
+    return _mm512_mask_sub_ps(_mm512_add_ps(other, v), upper, other, v);
+}
+
 /* x * 2^n for whole n, 0 where n is below -126. */
 VEC wf wf_scale(wf x, wf n)
 {
     return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(n, _mm512_set1_ps(-126), _CMP_GE_OQ), x, n);
 }
+
+/* The same for n >= -126. */
+VEC wf wf_scale_normal(wf x, wf n) { return _mm512_scalef_ps(x, n); }
+/* x = m * 2^n, 0.75 <= m < 1.5, of a positive normal x. */
+VEC wf wf_mantissa(wf x, wf *ret_n)
+{
+    __m512i u = _mm512_castps_si512(x);
+    __m512i n = _mm512_srai_epi32(_mm512_sub_epi32(u, _mm512_set1_epi32(0x3f400000)), 23);
+
+    *ret_n = _mm512_cvtepi32_ps(n);
+    return _mm512_castsi512_ps(_mm512_sub_epi32(u, _mm512_slli_epi32(n, 23)));
+}
+/* v where a > b, else 0. */
+VEC wf wf_where_more(wf a, wf b, wf v) { return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, b, _CMP_GT_OQ), v); }
 
 /* -infinity where first + lane is not below head nor in from .. to - 1. */
 VEC wf wf_see(wf v, uint32_t first, uint32_t head, uint32_t from, uint32_t to)
@@ -107,26 +162,45 @@ VEC wi wi_maddubs(wi u, wi s) { return _mm512_maddubs_epi16(u, s); }
 VEC wi wi_madd(wi a, wi b) { return _mm512_madd_epi16(a, b); }
 #ifdef ATTN_VNNI
 /* acc + sums of four neighbouring products of uint8 and int8. */
-VEC wi wi_dot_bytes(wi acc, wi u, wi s) { return _mm512_dpbusd_epi32(acc, u, s); }
-VEC wi wi_dot_pairs(wi acc, wi a, wi b) { return _mm512_dpwssd_epi32(acc, a, b); }
+VEC wi wi_dot_bytes(wi acc, wi u, wi s)
+{
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(u), "v"(s)); /* the intrinsic makes gcc 12 copy accumulators */
+    return acc;
+}
+VEC wi wi_dot_pairs(wi acc, wi a, wi b)
+{
+    __asm__("vpdpwssd %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b));
+    return acc;
+}
 #else
 VEC wi wi_dot_pairs(wi acc, wi a, wi b) { return _mm512_add_epi32(acc, _mm512_madd_epi16(a, b)); }
 #endif
 VEC wi wi_set1_16(int x) { return _mm512_set1_epi16((short)x); }
 VEC wf wi_float(wi a) { return _mm512_cvtepi32_ps(a); }
 
+/* Lane i of register j becomes lane j of register i. */
+VEC void wi_transpose_lanes(wi x[4])
+{
+    wi a = _mm512_shuffle_i32x4(x[0], x[1], 0x44), b = _mm512_shuffle_i32x4(x[0], x[1], 0xee);
+    wi c = _mm512_shuffle_i32x4(x[2], x[3], 0x44), d = _mm512_shuffle_i32x4(x[2], x[3], 0xee);
+
+    x[0] = _mm512_shuffle_i32x4(a, c, 0x88);
+    x[1] = _mm512_shuffle_i32x4(a, c, 0xdd);
+    x[2] = _mm512_shuffle_i32x4(b, d, 0x88);
+    x[3] = _mm512_shuffle_i32x4(b, d, 0xdd);
+}
 /* Lane i is 16 bytes of row i, 8 of them and zeros if half. */
 VEC __m128i lane_load(const uint8_t *p, int half)
 {
     return half ? _mm_loadl_epi64((const __m128i *)p) : _mm_loadu_si128((const __m128i *)p);
 }
-VEC wi wi_gather_lanes(const uint8_t *const row[4], uint32_t off, int half)
+VEC wi wi_gather_lanes(const uint8_t *p, size_t stride, int half)
 {
-    wi v = _mm512_castsi128_si512(lane_load(row[0] + off, half));
+    wi v = _mm512_castsi128_si512(lane_load(p, half));
 
-    v = _mm512_inserti32x4(v, lane_load(row[1] + off, half), 1);
-    v = _mm512_inserti32x4(v, lane_load(row[2] + off, half), 2);
-    return _mm512_inserti32x4(v, lane_load(row[3] + off, half), 3);
+    v = _mm512_inserti32x4(v, lane_load(p + stride, half), 1);
+    v = _mm512_inserti32x4(v, lane_load(p + 2 * stride, half), 2);
+    return _mm512_inserti32x4(v, lane_load(p + 3 * stride, half), 3);
 }
 
 /* Sums of the lanes' four int32, lane i of a[g] to element 4 i + g. */
@@ -138,19 +212,51 @@ VEC wi wi_fold_lanes(const wi a[4])
     return _mm512_add_epi32(_mm512_unpacklo_epi64(s, u), _mm512_unpackhi_epi64(s, u));
 }
 
-/* WIDTH whole numbers within int16: high bytes to hi, low bytes (signed) to lo, number = 256 * hi + lo. */
-VEC void wf_split(wf v, uint8_t *hi, uint8_t *lo)
+/* The same for pairs: a[0] and a[1] are one row's, a[2] and a[3] another's; lane i's to elements 2 i and 2 i + 1 of the lower and of
+ * the upper half. */
+VEC wi wi_fold_pairs(const wi a[4])
 {
-    wi n = _mm512_cvtps_epi32(v);
+    const wi order = _mm512_setr_epi32(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15);
 
-    _mm_storeu_si128((__m128i *)lo, _mm512_cvtepi32_epi8(n));
-    _mm_storeu_si128((__m128i *)hi, _mm512_cvtepi32_epi8(_mm512_srai_epi32(_mm512_add_epi32(n, _mm512_set1_epi32(128)), 8)));
+    return _mm512_permutexvar_epi32(order, wi_fold_lanes(a));
+}
+/* p[0] in the lower half, p[1] in the upper one. */
+VEC wf wf_halves(const float *p) { return _mm512_insertf32x8(_mm512_set1_ps(p[0]), _mm256_set1_ps(p[1]), 1); }
+VEC void wf_store_halves(float *lower, float *upper, wf v)
+{
+    _mm256_storeu_ps(lower, _mm512_castps512_ps256(v));
+    _mm256_storeu_ps(upper, _mm512_extractf32x8_ps(v, 1));
 }
 
-/* WIDTH whole numbers within int16. */
-VEC void wf_store_int16(int16_t *p, wf v)
+/* Rounds 32 numbers within int16 to whole ones, 256 * high + low byte (signed): high bytes to to[0..31], low ones to to[32..63].
+ * *total += the whole numbers. */
+VEC wi split32(const wf v[2], wi *total)
 {
-    _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(v)));
+    const wi order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    wi a = _mm512_cvtps_epi32(v[0]), b = _mm512_cvtps_epi32(v[1]), n = _mm512_packs_epi32(a, b);
+    wi high = _mm512_srli_epi16(_mm512_add_epi16(n, _mm512_set1_epi16(128)), 8);
+
+    *total = _mm512_add_epi32(*total, _mm512_add_epi32(a, b));
+    return _mm512_permutexvar_epi32(order, _mm512_packus_epi16(high, _mm512_and_si512(n, _mm512_set1_epi16(255))));
+}
+VEC void wf_split32(const wf v[2], uint8_t *to, wi *total) { _mm512_storeu_si512(to, split32(v, total)); }
+/* The same, each 16 bytes four times. */
+VEC void wf_split32_wide(const wf v[2], uint8_t *to, wi *total)
+{
+    wi n = split32(v, total);
+
+    _mm512_storeu_si512(to, _mm512_shuffle_i32x4(n, n, 0x00));
+    _mm512_storeu_si512(to + 64, _mm512_shuffle_i32x4(n, n, 0x55));
+    _mm512_storeu_si512(to + 128, _mm512_shuffle_i32x4(n, n, 0xaa));
+    _mm512_storeu_si512(to + 192, _mm512_shuffle_i32x4(n, n, 0xff));
+}
+
+/* 2 WIDTH numbers within int16, rounded. */
+VEC void wf_store_int16(int16_t *p, wf a, wf b)
+{
+    const wi order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
+
+    _mm512_storeu_si512(p, _mm512_permutexvar_epi64(order, _mm512_packs_epi32(_mm512_cvtps_epi32(a), _mm512_cvtps_epi32(b))));
 }
 
 /* ---- values of two tokens ---- */
