@@ -74,7 +74,7 @@ static void any_scores(struct part *p, const struct chunk *c)
         p->codec->decode(&l->k, c->tile + l->k_side_off, c->tile + l->k_codes_off, l->n_tokens, l->dim_k, c->t0 + t, c->t0 + t + n,
                          CODEC_F32, k, sizeof(float) * l->dim_k);
         any_scores_of(p, k, n, c->s + t);
-        part_ahead(p, l->bytes / 8);
+        part_ahead(p, 0, n * l->k_codes_bytes / l->n_tokens);
     }
 }
 
@@ -157,6 +157,6 @@ static void any_values(struct part *p, const struct chunk *c)
             any_sums(p, row, 1, c->s + (size_t)row * ATTN_CHUNK + t, v, dim, n);
         for (row = 0; t == 0 && row < p->n; row++)
             p->keep[row] = 1;
-        part_ahead(p, l->bytes / 8);
+        part_ahead(p, 1, n * l->v_codes_bytes / l->n_tokens);
     }
 }

@@ -3,8 +3,8 @@
  * Scores. kc4 decodes to low + step * code, so a block's scores are dot(q * step, codes - m) + dot(q, low + m * step) for any m, here
  * the middle of the codes. q * step becomes whole
  * numbers of 16 bits, relative to its largest magnitude, and these a high and a low byte, so that products of bytes do: codes are
- * unsigned, bytes of the query signed. A register holds 16 bytes of codes (32 channels) of one token in each lane; low and high nibbles,
- * even and odd channels, are two registers, and the query's bytes are in that order. (kc4's codes from 8 on count from high;
+ * unsigned, bytes of the query signed. An element of a register is a token, with four bytes of its codes (eight channels); low and
+ * high nibbles, even and odd channels, are two registers, and the query's bytes are in that order. (kc4's codes from 8 on count from high;
  * that differs by less than 2^-18 of high - low, because its step has 20 bits.) What
  * rounding the query does to the middle code is known exactly and taken out again, which halves the error.
  *
@@ -14,11 +14,20 @@
 
 #define QUERY_MAX 32639.0f  /* 127 * 256 + 127 */
 #define CODE_MIDDLE 7.5f
-#ifdef ATTN_VNNI
-#define CODE_DIRECT true
-#else
-#define CODE_DIRECT false
-#endif
+#define SLABS (LANES == 4) /* pieces of a token are loaded together; with two lanes there are too few registers */
+
+/* A call for up to four rows: their number, the last argument, is a constant in each. */
+#define BY_ROWS(n_left, f, ...) \
+    do { \
+        if ((n_left) >= 4) \
+            f(__VA_ARGS__, 4); \
+        else if ((n_left) == 3) \
+            f(__VA_ARGS__, 3); \
+        else if ((n_left) == 2) \
+            f(__VA_ARGS__, 2); \
+        else \
+            f(__VA_ARGS__, 1); \
+    } while (0)
 #define WEIGHT_MAX 16383.0f
 
 /* round(level * LEVEL_UNIT). This unit rounds the eight levels best of all that fit: relative norm of the errors 1.2e-4. */
@@ -48,7 +57,7 @@ static void code_queries(struct part *p)
 }
 
 /* Once a block: steps and middles in the same order. */
-static __attribute__((noinline)) void code_steps(struct part *p, const uint8_t *side)
+static void code_steps(struct part *p, const uint8_t *side)
 {
     for (uint32_t i = 0; i < p->dim_k; i += 2 * WIDTH) {
         uint32_t at = i / 32 * 32 + i % 32 / 2;
@@ -81,12 +90,10 @@ static __attribute__((noinline)) void code_steps(struct part *p, const uint8_t *
         }
 }
 
-/* ROWS rows of whole slabs: they go a way of their own, on which the queries' bytes are kept four times each, one for each lane: to
- * load a register costs less than to fill its lanes from one. */
-VEC bool code_is_wide(const struct part *p)
-{
-    return CODE_DIRECT && p->n == ROWS && p->n_pieces % LANES == 0;
-}
+/* Sums of products by element, of the queries' high and low bytes. */
+struct code_sums {
+    wi high[4], low[4];
+};
 
 /* The largest magnitudes of n rows' queries times steps, and their products with the middles. */
 VEC void code_tops_of(struct part *p, uint32_t row, uint32_t n)
@@ -119,17 +126,13 @@ VEC void code_tops_of(struct part *p, uint32_t row, uint32_t n)
 
 static void code_tops(struct part *p, const struct chunk *c)
 {
-    uint32_t row = 0;
-
     code_steps(p, c->tile + c->layout->k_side_off);
-    for (; row + 4 <= p->n; row += 4)
-        code_tops_of(p, row, 4);
-    for (; row < p->n; row++)
-        code_tops_of(p, row, 1);
+    for (uint32_t row = 0; row < p->n; row += 4)
+        BY_ROWS(p->n - row, code_tops_of, p, row);
 }
 
 /* Bytes of the queries of n rows for this block. */
-VEC void code_bytes_of(struct part *p, uint32_t row, uint32_t n, bool wide)
+VEC void code_bytes_of(struct part *p, uint32_t row, uint32_t n)
 {
     uint32_t dim = p->n_pieces * 32;
     wf total[4];
@@ -151,10 +154,7 @@ VEC void code_bytes_of(struct part *p, uint32_t row, uint32_t n, bool wide)
 
                 q[j] = wf_mul(wf_mul(wf_load(p->q_pairs + (size_t)(row + r) * dim + at), wf_load(p->step + at)), by);
             }
-            if (wide)
-                wf_split32_wide(q, p->q_wide + ((size_t)(row + r) * dim + i) * 8, &whole);
-            else
-                wf_split32(q, p->q_bytes + ((size_t)(row + r) * dim + i) * 2, &whole);
+            wf_split32(q, p->q_bytes + ((size_t)row * dim + 4 * i) * 2 + 16 * r, &whole);
         }
         total[r] = wi_float(whole);
     }
@@ -170,264 +170,131 @@ VEC void code_bytes_of(struct part *p, uint32_t row, uint32_t n, bool wide)
 
 static void code_bytes(struct part *p)
 {
-    uint32_t row = 0;
-
-    if (code_is_wide(p)) {
-        code_bytes_of(p, 0, 4, true);
-        return;
-    }
-    for (; row + 4 <= p->n; row += 4)
-        code_bytes_of(p, row, 4, false);
-    for (; row < p->n; row++)
-        code_bytes_of(p, row, 1, false);
+    for (uint32_t row = 0; row < p->n; row += 4)
+        BY_ROWS(p->n - row, code_bytes_of, p, row);
 }
 
-/* 4 LANES tokens' codes, all of them there, and where their nibbles go: [piece][low, high][4] registers; lane i of the g-th is
- * token 4 i + g. */
-struct code_unit {
-    const uint8_t *codes;
-    size_t stride;
-    uint32_t dim, n_pieces;
-    wi *to;
-};
-
-/* One of n_pieces steps. Whole slabs of LANES pieces are read as registers of a token and transposed. */
-VEC void code_unpack_step(const struct code_unit *u, uint32_t step)
-{
-    uint32_t slab = step / LANES * LANES;
-    const uint8_t *codes = u->codes + 16 * slab;
-    wi *to = u->to + 8 * slab;
-
-    if (32 * (slab + LANES) <= u->dim) {
-        UNROLL
-        for (uint32_t j = 0; j < 4 / LANES; j++) {
-            uint32_t g = step % LANES * (4 / LANES) + j;
-            wi x[LANES];
-
-            UNROLL
-            for (uint32_t i = 0; i < LANES; i++)
-                x[i] = wi_load(codes + (4 * i + g) * u->stride);
-            wi_transpose_lanes(x);
-            UNROLL
-            for (uint32_t i = 0; i < LANES; i++) {
-                wi_store(to + 8 * i + g, wi_nib_low(x[i]));
-                wi_store(to + 8 * i + 4 + g, wi_nib_high(x[i]));
-            }
-        }
-        return;
-    }
-    codes = u->codes + 16 * step;
-    to = u->to + 8 * step;
-    for (uint32_t g = 0; g < 4; g++, codes += u->stride) {
-        bool half = 32 * step + 32 > u->dim;
-        wi x = half ? wi_gather_lanes(codes, 4 * u->stride, 1) : wi_gather_lanes(codes, 4 * u->stride, 0);
-
-        wi_store(to + g, wi_nib_low(x));
-        wi_store(to + 4 + g, wi_nib_high(x));
-    }
-}
-
-/* acc[row][g] += products of a unit's codes and the high (0) or low (1) bytes of n rows. next, if not NULL, is unpacked on the way:
- * its instructions are not those that the products wait for. */
+/* A piece of 4 LANES tokens: x[g] has in lane i that of token 4 i + g. Their dwords (eight channels) are brought side by side, so
+ * that an element is a token; then they are multiplied with the dwords of the queries, which are the same for all elements. */
 #ifdef ATTN_VNNI
-VEC void code_products(const wi *codes, const uint8_t *q, size_t q_stride, uint32_t n_pieces, uint32_t n, uint32_t part,
-                       const struct code_unit *next, wi acc[ROWS][4])
+VEC void code_piece(wi x[4], const uint8_t *q, uint32_t n, struct code_sums *sums)
 {
-    q += part * 32;
-    for (uint32_t i = 0; i < n_pieces; i++, q += 64, codes += 8) {
-        if (next)
-            code_unpack_step(next, i);
-        UNROLL
-        for (uint32_t odd = 0; odd < 2; odd++)
-            UNROLL
-            for (uint32_t r = 0; r < n; r++) {
-                wi x = wi_set1_lane(q + r * q_stride + odd * 16);
+    wi_transpose_dwords(x);
+    UNROLL
+    for (uint32_t k = 0; k < 4; k++) {
+        wi low = wi_nib_low(x[k]), high = wi_nib_high(x[k]);
 
-                UNROLL
-                for (uint32_t g = 0; g < 4; g++)
-                    acc[r][g] = wi_dot_bytes(acc[r][g], codes[4 * odd + g], x);
-            }
+        UNROLL
+        for (uint32_t r = 0; r < n; r++) {
+            const uint8_t *at = q + 64 * k + 16 * r;
+
+            sums->high[r] = wi_dot_bytes(sums->high[r], low, at);
+            sums->low[r] = wi_dot_bytes(sums->low[r], low, at + 8);
+        }
+        UNROLL
+        for (uint32_t r = 0; r < n; r++) {
+            const uint8_t *at = q + 64 * k + 16 * r;
+
+            sums->high[r] = wi_dot_bytes(sums->high[r], high, at + 4);
+            sums->low[r] = wi_dot_bytes(sums->low[r], high, at + 12);
+        }
     }
 }
 #else
-/* Eight products of pairs, 8 * 2 * 15 * 128 at most, are summed in 16 bits. */
-VEC void code_products(const wi *codes, const uint8_t *q, size_t q_stride, uint32_t n_pieces, uint32_t n, uint32_t part,
-                       const struct code_unit *next, wi acc[ROWS][4])
+/* Eight sums of products of pairs, 8 * 2 * 15 * 128 at most, fit into 16 bits. */
+VEC void code_piece(wi x[4], const uint8_t *q, uint32_t n, struct code_sums *sums)
 {
-    q += part * 32;
-    for (uint32_t first = 0; first < n_pieces; first += 4) {
-        uint32_t end = min_u32(first + 4, n_pieces);
-        wi sum[ROWS][4];
+    wi high[4], low[4];
+
+    wi_transpose_dwords(x);
+    UNROLL
+    for (uint32_t k = 0; k < 4; k++) {
+        wi even = wi_nib_low(x[k]), odd = wi_nib_high(x[k]);
 
         UNROLL
-        for (uint32_t r = 0; r < n; r++)
-            UNROLL
-            for (uint32_t g = 0; g < 4; g++)
-                sum[r][g] = wi_zero();
-        for (uint32_t i = first; i < end; i++, q += 64, codes += 8) {
-            if (next)
-                code_unpack_step(next, i);
-            UNROLL
-            for (uint32_t odd = 0; odd < 2; odd++)
-                UNROLL
-                for (uint32_t r = 0; r < n; r++) {
-                    wi x = wi_set1_lane(q + r * q_stride + odd * 16);
+        for (uint32_t r = 0; r < n; r++) {
+            const uint8_t *at = q + 64 * k + 16 * r;
+            wi h = wi_maddubs(even, wi_set1_32(at)), l = wi_maddubs(even, wi_set1_32(at + 8));
 
-                    UNROLL
-                    for (uint32_t g = 0; g < 4; g++)
-                        sum[r][g] = wi_add16(sum[r][g], wi_maddubs(codes[4 * odd + g], x));
-                }
+            high[r] = k ? wi_sum16(high[r], h) : h;
+            low[r] = k ? wi_sum16(low[r], l) : l;
+            high[r] = wi_sum16(high[r], wi_maddubs(odd, wi_set1_32(at + 4)));
+            low[r] = wi_sum16(low[r], wi_maddubs(odd, wi_set1_32(at + 12)));
         }
-        UNROLL
-        for (uint32_t r = 0; r < n; r++)
-            UNROLL
-            for (uint32_t g = 0; g < 4; g++)
-                acc[r][g] = wi_add32(acc[r][g], wi_madd(sum[r][g], wi_set1_16(1)));
     }
+    UNROLL
+    for (uint32_t r = 0; r < n; r++)
+        sums->low[r] = wi_add32(sums->low[r], wi_add32(wi_madd(high[r], wi_set1_16(256)), wi_madd(low[r], wi_set1_16(1))));
 }
 #endif
 
-VEC void code_scores_of(struct part *p, float *s, const wi *codes, uint32_t row, uint32_t n, uint32_t t, const struct code_unit *next)
+/* Scores of n rows and 4 LANES tokens, whose codes are all there. ahead: what to ask for meanwhile, as much as is read, or NULL. */
+VEC void code_scores_of(struct part *p, float *s, const uint8_t *codes, const uint8_t *ahead, uint32_t row, uint32_t n)
 {
-    size_t stride = (size_t)p->n_pieces * 64;
-    const uint8_t *q = p->q_bytes + row * stride;
-    wi acc[ROWS][4];
+    const uint8_t *q = p->q_bytes + (size_t)row * p->n_pieces * 64;
+    size_t stride = p->dim_k / 2;
+    uint32_t piece = 0;
+    struct code_sums sums;
 
     UNROLL
     for (uint32_t r = 0; r < n; r++)
-        UNROLL
-        for (uint32_t g = 0; g < 4; g++)
-            acc[r][g] = wi_zero();
-    code_products(codes, q, stride, p->n_pieces, n, 0, next, acc);
-    UNROLL
-    for (uint32_t r = 0; r < n; r++)
-        UNROLL
-        for (uint32_t g = 0; g < 4; g++)
-            acc[r][g] = wi_shl8(acc[r][g]);
-    code_products(codes, q, stride, p->n_pieces, n, 1, NULL, acc);
-    UNROLL
-    for (uint32_t r = 0; r < n; r++)
-        wf_store(s + (size_t)(row + r) * ATTN_CHUNK + t,
-                 wf_fma(wi_float(wi_fold_lanes(acc[r])), wf_set1(p->alpha[row + r]), wf_set1(p->beta[row + r])));
-}
-
-/* The last n bytes of a block's codes and zeros, to be read beyond their end: the scores of what follows are hidden. */
-static const uint8_t *code_padded(struct part *p, const uint8_t *codes, size_t n, size_t n_padded)
-{
-    memset(p->pad + n, 0, n_padded - n);
-    return memcpy(p->pad, codes, n);
-}
-
-/* The unit from token t of the chunk on; which: of the two places in p->sub. */
-static struct code_unit code_unit(struct part *p, const struct chunk *c, uint32_t t, uint32_t which)
-{
-    struct code_unit u = {.stride = p->dim_k / 2, .dim = p->dim_k, .n_pieces = p->n_pieces};
-    uint32_t left = c->layout->n_tokens - c->t0 - t;
-
-    u.codes = c->tile + c->layout->k_codes_off + (c->t0 + t) * u.stride;
-    u.to = (wi *)p->sub + which * 8 * p->n_pieces;
-    if (left < 4 * LANES)
-        u.codes = code_padded(p, u.codes, left * u.stride, 4 * LANES * u.stride);
-    return u;
-}
-
-#ifdef ATTN_VNNI
-/* Eight tokens and ROWS rows without a stop in memory, where slabs are whole: 16 sums, two registers of codes at a time. Lane i of
- * the g-th register is token 2 i + g. */
-VEC void code_scores_eight(const uint8_t *codes, size_t stride, const uint8_t *q, size_t q_stride, uint32_t n_slabs,
-                           wi high[ROWS][2], wi low[ROWS][2])
-{
-    UNROLL
-    for (uint32_t r = 0; r < ROWS; r++)
-        UNROLL
-        for (uint32_t g = 0; g < 2; g++)
-            high[r][g] = low[r][g] = wi_zero();
-    for (uint32_t slab = 0; slab < n_slabs; slab++, codes += 16 * LANES) {
-        wi x[2][LANES];
+        sums.high[r] = sums.low[r] = wi_zero();
+    for (; SLABS && 32 * (piece + LANES) <= p->dim_k; piece += LANES) {
+        wi x[4][LANES], y[4];
 
         UNROLL
-        for (uint32_t g = 0; g < 2; g++) {
+        for (uint32_t g = 0; g < 4; g++) {
             UNROLL
             for (uint32_t i = 0; i < LANES; i++)
-                x[g][i] = wi_load(codes + (2 * i + g) * stride);
+                x[g][i] = wi_load(codes + (4 * i + g) * stride + 16 * piece);
             wi_transpose_lanes(x[g]);
         }
         UNROLL
-        for (uint32_t i = 0; i < 2 * LANES; i++) {
-            wi a = i % 2 ? wi_nib_high(x[0][i / 2]) : wi_nib_low(x[0][i / 2]);
-            wi b = i % 2 ? wi_nib_high(x[1][i / 2]) : wi_nib_low(x[1][i / 2]);
-
+        for (uint32_t i = 0; i < LANES; i++, q += 256) {
             UNROLL
-            for (uint32_t r = 0; r < ROWS; r++) {
-                const uint8_t *at = q + r * q_stride + i / 2 * 256 + i % 2 * 64;
-                wi h = wi_load(at), l = wi_load(at + 128);
-
-                high[r][0] = wi_dot_bytes(high[r][0], a, h);
-                high[r][1] = wi_dot_bytes(high[r][1], b, h);
-                low[r][0] = wi_dot_bytes(low[r][0], a, l);
-                low[r][1] = wi_dot_bytes(low[r][1], b, l);
-            }
+            for (uint32_t g = 0; g < 4; g++)
+                y[g] = x[g][i];
+            ahead = ahead_lines(ahead, LANES);
+            code_piece(y, q, n, &sums);
         }
-        q += 256 * LANES;
+    }
+    for (; piece < p->n_pieces; piece++, q += 256) {
+        bool half = 32 * piece + 32 > p->dim_k;
+        wi x[4];
+
+        UNROLL
+        for (uint32_t g = 0; g < 4; g++) {
+            const uint8_t *at = codes + g * stride + 16 * piece;
+
+            x[g] = half ? wi_gather_lanes(at, 4 * stride, 1) : wi_gather_lanes(at, 4 * stride, 0);
+        }
+        ahead = ahead_lines(ahead, LANES);
+        code_piece(x, q, n, &sums);
+    }
+    UNROLL
+    for (uint32_t r = 0; r < n; r++) {
+        wi sum = wi_add32(wi_shl8(sums.high[r]), sums.low[r]);
+
+        wf_store(s + (size_t)r * ATTN_CHUNK, wf_fma(wi_float(sum), wf_set1(p->alpha[row + r]), wf_set1(p->beta[row + r])));
     }
 }
 
-static __attribute__((noinline)) void code_scores_direct(struct part *p, const struct chunk *c)
+static void code_scores(struct part *p, const struct chunk *c)
 {
     size_t stride = p->dim_k / 2;
-    const uint8_t *codes = c->tile + c->layout->k_codes_off + c->t0 * stride;
+    const uint8_t *codes = c->tile + c->layout->k_codes_off + c->t0 * stride, *ahead = p->ahead[0];
 
-    for (uint32_t t = 0; t < c->n; t += 8, codes += 8 * stride) {
-        wi high[ROWS][2], low[ROWS][2];
+    for (uint32_t t = 0; t < c->n; t += 4 * LANES, codes += 4 * LANES * stride) {
+        uint32_t left = c->layout->n_tokens - c->t0 - t;
 
-        if (c->t0 + t + 8 > c->layout->n_tokens)
-            codes = code_padded(p, codes, (c->layout->n_tokens - c->t0 - t) * stride, 8 * stride);
-        code_scores_eight(codes, stride, p->q_wide, (size_t)p->n_pieces * 256,
-                          p->n_pieces / LANES, high, low);
-        part_ahead(p, c->layout->bytes / ATTN_CHUNK * 4);
-        UNROLL
-        for (uint32_t r = 0; r < ROWS; r += 2) {
-            wi sum[4];
-            wf s;
-
-            UNROLL
-            for (uint32_t i = 0; i < 4; i++)
-                sum[i] = wi_add32(wi_shl8(high[r + i / 2][i % 2]), low[r + i / 2][i % 2]);
-            s = wf_fma(wi_float(wi_fold_pairs(sum)), wf_halves(p->alpha + r), wf_halves(p->beta + r));
-            wf_store_halves(c->s + (size_t)r * ATTN_CHUNK + t, c->s + (size_t)(r + 1) * ATTN_CHUNK + t, s);
+        if (left < 4 * LANES) { /* not beyond the end of the block's codes: the scores of what follows are hidden */
+            memset(p->pad, 0, 4 * LANES * stride);
+            codes = memcpy(p->pad, codes, left * stride);
         }
-    }
-}
-#endif
-
-static __attribute__((noinline)) void code_scores(struct part *p, const struct chunk *c)
-{
-    struct code_unit unit, next;
-
-#ifdef ATTN_VNNI
-    if (code_is_wide(p)) {
-        code_scores_direct(p, c);
-        return;
-    }
-#endif
-    unit = code_unit(p, c, 0, 0);
-    for (uint32_t i = 0; i < p->n_pieces; i++)
-        code_unpack_step(&unit, i);
-    for (uint32_t t = 0, which = 1; t < c->n; t += 4 * LANES, unit = next, which ^= 1) {
-        bool more = t + 4 * LANES < c->n;
-        uint32_t row = 0;
-
-        if (more)
-            next = code_unit(p, c, t + 4 * LANES, which);
-        part_ahead(p, c->layout->bytes / ATTN_CHUNK * 2 * LANES);
-        for (; row + ROWS < p->n; row += ROWS)
-            code_scores_of(p, c->s, unit.to, row, ROWS, t, NULL);
-        if (row + ROWS == p->n) {
-            code_scores_of(p, c->s, unit.to, row, ROWS, t, more ? &next : NULL);
-            continue;
-        }
-        for (; row < p->n; row++)
-            code_scores_of(p, c->s, unit.to, row, 1, t, more && row + 1 == p->n ? &next : NULL);
+        for (uint32_t row = 0; row < p->n; row += 4)
+            BY_ROWS(p->n - row, code_scores_of, p, c->s + (size_t)row * ATTN_CHUNK + t, codes, row ? NULL : ahead, row);
+        if (ahead)
+            ahead += 4 * LANES * stride;
     }
 }
 
@@ -436,7 +303,7 @@ static __attribute__((noinline)) void code_scores(struct part *p, const struct c
 /* What weights need of the chunk's norms. Weights and norms are multiplied by adding logarithms, so that the largest product is known
  * before the first is made. A norm of zero (or what no encoder writes) counts as 2^-25, half the least other one, and its product is
  * made zero afterwards. */
-static __attribute__((noinline)) void code_norms(struct part *p, const struct chunk *c)
+static void code_norms(struct part *p, const struct chunk *c)
 {
     const uint8_t *side = c->tile + c->layout->v_side_off + 2 * c->t0;
     uint16_t halves[ATTN_CHUNK];
@@ -455,6 +322,7 @@ static __attribute__((noinline)) void code_norms(struct part *p, const struct ch
     }
 }
 
+#define KEEPS (LANES == 2) /* with four lanes unpacking again is free beside the products, and stores are not */
 enum code_source { CODE_UNPACK, CODE_UNPACK_KEEP, CODE_KEPT };
 
 /* Half a slab (4 registers of channels) of n rows: all tokens of the chunk. With CODE_UNPACK_KEEP levels stay in p->sub for the
@@ -464,6 +332,7 @@ VEC void code_values_of(struct part *p, const struct chunk *c, uint32_t slab, in
 {
     uint32_t row_bytes = p->dim_o / 2, at = slab * 4 * WIDTH, n_bytes = min_u32(4 * WIDTH, row_bytes - at);
     const uint8_t *codes = c->tile + c->layout->v_codes_off + (size_t)c->t0 * row_bytes + at;
+    const uint8_t *ahead = row == 0 && p->ahead[1] ? p->ahead[1] + (size_t)(2 * slab + (uint32_t)half) * 16 * LANES * ATTN_CHUNK / 2 : NULL;
     const wtab table = wtab_load(code_levels);
     wi acc[ROWS][4], *kept = (wi *)p->sub;
 
@@ -475,6 +344,7 @@ VEC void code_values_of(struct part *p, const struct chunk *c, uint32_t slab, in
     for (uint32_t t = 0; t < c->n; t += 2, kept += 4) {
         wi x[4];
 
+        ahead = LANES == 4 || t % 4 == 0 ? ahead_lines(ahead, 1) : ahead;
         if (source == CODE_KEPT) {
             UNROLL
             for (uint32_t i = 0; i < 4; i++)
@@ -507,36 +377,35 @@ VEC void code_values_of(struct part *p, const struct chunk *c, uint32_t slab, in
     }
 }
 
-VEC void code_values_half(struct part *p, const struct chunk *c, uint32_t slab, int half)
+VEC void code_values_rows(struct part *p, const struct chunk *c, uint32_t slab, int half, uint32_t row, enum code_source source)
 {
-    uint32_t row = 0;
-
-    if (p->n == ROWS) {
-        code_values_of(p, c, slab, half, 0, ROWS, CODE_UNPACK);
-        return;
-    }
-    if (p->n > ROWS)
-        for (; row + ROWS <= p->n; row += ROWS) {
-            if (row == 0)
-                code_values_of(p, c, slab, half, row, ROWS, CODE_UNPACK_KEEP);
-            else
-                code_values_of(p, c, slab, half, row, ROWS, CODE_KEPT);
-        }
-    for (; row < p->n; row++) {
-        if (row == 0)
-            code_values_of(p, c, slab, half, row, 1, CODE_UNPACK_KEEP);
-        else
-            code_values_of(p, c, slab, half, row, 1, CODE_KEPT);
-    }
+    if (p->n - row >= 4 && ROWS == 4)
+        code_values_of(p, c, slab, half, row, 4, source);
+    else if (p->n - row >= 3 && ROWS == 4)
+        code_values_of(p, c, slab, half, row, 3, source);
+    else if (p->n - row >= 2)
+        code_values_of(p, c, slab, half, row, 2, source);
+    else
+        code_values_of(p, c, slab, half, row, 1, source);
 }
 
-static __attribute__((noinline)) void code_values(struct part *p, const struct chunk *c)
+VEC void code_values_half(struct part *p, const struct chunk *c, uint32_t slab, int half)
+{
+    if (!KEEPS || p->n <= ROWS) {
+        for (uint32_t row = 0; row < p->n; row += ROWS)
+            code_values_rows(p, c, slab, half, row, CODE_UNPACK);
+        return;
+    }
+    code_values_rows(p, c, slab, half, 0, CODE_UNPACK_KEEP);
+    for (uint32_t row = ROWS; row < p->n; row += ROWS)
+        code_values_rows(p, c, slab, half, row, CODE_KEPT);
+}
+
+static void code_values(struct part *p, const struct chunk *c)
 {
     for (uint32_t slab = 0; slab < p->n_slabs; slab++) {
         code_values_half(p, c, slab, 0);
-        part_ahead(p, c->layout->bytes / (4 * p->n_slabs));
         code_values_half(p, c, slab, 1);
-        part_ahead(p, c->layout->bytes);
     }
 }
 

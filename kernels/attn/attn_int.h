@@ -55,7 +55,7 @@ static inline void *attn_take(uint8_t **at, size_t n)
     return p;
 }
 
-#define ATTN_SUB_BYTES 32768u /* of what the vector variants unpack at a time */
+#define ATTN_SUB_BYTES 16384u /* of what the vector variants unpack at a time */
 #define ATTN_PAD_BYTES 8192u  /* the codes of 16 tokens */
 
 /* Of the vector variants: attn_part.h takes these in the same order. */
@@ -63,7 +63,7 @@ static inline size_t attn_vector_bytes(uint32_t n_rows, uint32_t dim_k, uint32_t
 {
     size_t rows = (n_rows + 15) & ~15u, keys = (dim_k + 31) / 32 * 32, values = (dim_o + 127) / 128 * 128;
 
-    return rows * (10 * ATTN_CHUNK + 6 * keys + 4 * values) + (8 + 32) * keys + ATTN_SUB_BYTES + ATTN_PAD_BYTES + 13 * 4 * rows;
+    return rows * (10 * ATTN_CHUNK + 6 * keys + 4 * values) + 8 * keys + ATTN_SUB_BYTES + ATTN_PAD_BYTES + 13 * 4 * rows;
 }
 
 /* Of the scalar variant. */

@@ -38,8 +38,7 @@ struct part {
     float *s[2];         /* [rows][64] scores, then weights, of two chunks in hand */
     int16_t *w;          /* [rows][64] weights times norms */
     float *q_pairs;      /* [rows][pieces][32] even channels, odd channels */
-    uint8_t *q_bytes;    /* [rows][pieces] even high, odd high, even low, odd low: 16 bytes each */
-    uint8_t *q_wide;     /* [4][pieces] the same for 4 rows, each 16 bytes four times */
+    uint8_t *q_bytes;    /* [rows / 4][pieces][4][4 rows]: high bytes of 4 even, odd channels; low bytes */
     float *step, *middle; /* [pieces][32] as q_pairs */
     float *q_top;        /* [rows] largest magnitude of query * step */
     float *alpha, *beta; /* [rows] score = alpha * integer + beta */
@@ -108,15 +107,25 @@ VEC wf wf_exp2(wf x)
     return wf_scale(wf_fma(y, f, wf_set1(1)), n);
 }
 
-/* Asks for the next n bytes of what will be read next. */
-VEC void part_ahead(struct part *p, uint32_t n)
+/* Asks for the next n bytes of keys (0) or values (1) that will be read next. */
+VEC void part_ahead(struct part *p, uint32_t which, uint32_t n)
 {
-    uint32_t i = p->ahead[0] >= p->ahead_end[0];
-    const uint8_t *at = p->ahead[i], *end = at + n < p->ahead_end[i] ? at + n : p->ahead_end[i];
+    const uint8_t *at = p->ahead[which], *end = at + n < p->ahead_end[which] ? at + n : p->ahead_end[which];
 
     for (; at < end; at += 64)
         _mm_prefetch((const char *)at, _MM_HINT_T0);
-    p->ahead[i] = at;
+    p->ahead[which] = at;
+}
+
+/* The same for a loop whose turns each take n_lines of them, if there are any; it may ask for a little beyond. */
+VEC const uint8_t *ahead_lines(const uint8_t *at, uint32_t n_lines)
+{
+    if (!at)
+        return NULL;
+    UNROLL
+    for (uint32_t i = 0; i < n_lines; i++)
+        _mm_prefetch((const char *)at + 64 * i, _MM_HINT_T0);
+    return at + 64 * n_lines;
 }
 
 #include "kernels/attn/attn_any.h"
@@ -204,7 +213,7 @@ VEC wf row_integers(const struct part *p, const struct chunk *c, uint32_t row, w
     return sum;
 }
 
-VEC void tops_of(struct part *p, const struct chunk *c, uint32_t row, uint32_t n, bool by_code)
+VEC void tops_of(struct part *p, const struct chunk *c, bool by_code, uint32_t row, uint32_t n)
 {
     wf v[4], max[4];
 
@@ -217,7 +226,7 @@ VEC void tops_of(struct part *p, const struct chunk *c, uint32_t row, uint32_t n
         p->max[row + i] = wf_first(max[i]);
 }
 
-VEC void weights_of(struct part *p, const struct chunk *c, uint32_t row, uint32_t n, bool by_code)
+VEC void weights_of(struct part *p, const struct chunk *c, bool by_code, uint32_t row, uint32_t n)
 {
     wf v[4];
 
@@ -240,22 +249,19 @@ VEC void weights_of(struct part *p, const struct chunk *c, uint32_t row, uint32_
 static void chunk_tops(struct part *p, const struct chunk *c)
 {
     bool by_code = values_by_code(c->layout);
-    uint32_t row = 0;
 
     if (by_code)
         code_norms(p, c);
-    for (; row + 4 <= p->n; row += 4) {
+    for (uint32_t row = 0; row < p->n; row += 4) {
         if (by_code)
-            tops_of(p, c, row, 4, true);
+            BY_ROWS(p->n - row, tops_of, p, c, true, row);
         else
-            tops_of(p, c, row, 4, false);
+            BY_ROWS(p->n - row, tops_of, p, c, false, row);
     }
-    for (; row < p->n; row++)
-        tops_of(p, c, row, 1, by_code);
 }
 
 /* Adds the chunk to sums; keep and gain become the factors that outputs need. */
-static __attribute__((noinline)) void levels_add(struct part *p, struct levels l)
+static void levels_add(struct part *p, struct levels l)
 {
     for (uint32_t r = 0; r < p->n; r += WIDTH) {
         wf old = wf_load(l.max + r), new = wf_load(p->max + r), max = wf_max(old, new), safe = wf_max(max, wf_set1(FAR));
@@ -302,16 +308,13 @@ static void chunk_scores(struct part *p, const struct chunk *c)
 static void chunk_weights(struct part *p, const struct chunk *c)
 {
     bool by_code = values_by_code(c->layout);
-    uint32_t row = 0;
 
-    for (; row + 4 <= p->n; row += 4) {
+    for (uint32_t row = 0; row < p->n; row += 4) {
         if (by_code)
-            weights_of(p, c, row, 4, true);
+            BY_ROWS(p->n - row, weights_of, p, c, true, row);
         else
-            weights_of(p, c, row, 4, false);
+            BY_ROWS(p->n - row, weights_of, p, c, false, row);
     }
-    for (; row < p->n; row++)
-        weights_of(p, c, row, 1, by_code);
     if (p->out->block_lse)
         levels_add(p, p->block);
     levels_add(p, by_code ? p->code : p->plain);
@@ -355,17 +358,27 @@ static bool walk_next(const struct part *p, struct walk *w, struct chunk *ret_ch
     return false;
 }
 
-/* What is to be asked for: keys' codes, with the side data before them at the begin of a block, and values' codes. */
+/* What is to be asked for: side data at the begin of a block, at once; then keys' codes and values' codes. */
 static void ahead_set(struct part *p, const struct chunk *c)
 {
-    const struct tile_layout *l = c->layout;
-    const uint8_t *k = c->tile + l->k_codes_off, *v = c->tile + l->v_codes_off;
-    uint32_t k_row = l->k_codes_bytes / l->n_tokens, v_row = l->v_codes_bytes / l->n_tokens;
+    const struct tile_layout *l;
+    uint32_t k_row, v_row;
 
-    p->ahead[0] = c->t0 ? k + (size_t)c->t0 * k_row : c->tile;
-    p->ahead_end[0] = k + (size_t)(c->t0 + c->n) * k_row;
-    p->ahead[1] = v + (size_t)c->t0 * v_row;
-    p->ahead_end[1] = v + (size_t)(c->t0 + c->n) * v_row;
+    p->ahead[0] = p->ahead[1] = p->ahead_end[0] = p->ahead_end[1] = NULL;
+    if (!c)
+        return;
+    l = c->layout;
+    k_row = l->k_codes_bytes / l->n_tokens;
+    v_row = l->v_codes_bytes / l->n_tokens;
+    if (c->t0 == 0) {
+        p->ahead[0] = c->tile;
+        p->ahead_end[0] = c->tile + l->k_codes_off;
+        part_ahead(p, 0, l->k_codes_off);
+    }
+    p->ahead[0] = c->tile + l->k_codes_off + (size_t)c->t0 * k_row;
+    p->ahead_end[0] = p->ahead[0] + (size_t)c->n * k_row;
+    p->ahead[1] = c->tile + l->v_codes_off + (size_t)c->t0 * v_row;
+    p->ahead_end[1] = p->ahead[1] + (size_t)c->n * v_row;
 }
 
 static void block_end(struct part *p, size_t block, size_t n_blocks)
@@ -401,8 +414,7 @@ static void part_walk(struct part *p, const struct attn_block *blocks, size_t n_
             code_tops(p, this);
             code_bytes(p);
         }
-        if (i + 2 < n)
-            ahead_set(p, ring + (i + 2) % 4);
+        ahead_set(p, i + 2 < n ? ring + (i + 2) % 4 : NULL);
         if (i < n)
             chunk_scores(p, this);
         queries = i + 1 < n && begins_block(after, this);
@@ -469,7 +481,6 @@ static void part_init(struct part *p, const struct attn_params *params, const st
     p->o_code = take_rows(p, &at, p->n_slabs * 8 * WIDTH);
     p->sub = attn_take(&at, ATTN_SUB_BYTES);
     p->pad = attn_take(&at, ATTN_PAD_BYTES);
-    p->q_wide = attn_take(&at, 4 * 256 * p->n_pieces);
     p->q_top = take_rows(p, &at, 1);
     p->alpha = take_rows(p, &at, 1);
     p->beta = take_rows(p, &at, 1);

@@ -135,7 +135,17 @@ VEC wi wi_zero(void) { return _mm256_setzero_si256(); }
 VEC wi wi_load(const void *p) { return _mm256_loadu_si256(p); }
 VEC void wi_store(void *p, wi v) { _mm256_storeu_si256(p, v); }
 VEC wi wi_add32(wi a, wi b) { return _mm256_add_epi32(a, b); }
-VEC wi wi_add16(wi a, wi b) { return _mm256_add_epi16(a, b); }
+/* Sums in a loop are instructions: gcc 12 would make all products first and add them up later, from memory. */
+VEC wi wi_sum16(wi sum, wi x)
+{
+    __asm__("vpaddw %1, %0, %0" : "+x"(sum) : "x"(x));
+    return sum;
+}
+VEC wi wi_sum32(wi sum, wi x)
+{
+    __asm__("vpaddd %1, %0, %0" : "+x"(sum) : "x"(x));
+    return sum;
+}
 VEC wi wi_shl8(wi a) { return _mm256_slli_epi32(a, 8); }
 VEC wi wi_nib_low(wi a) { return _mm256_and_si256(a, _mm256_set1_epi8(15)); }
 VEC wi wi_nib_high(wi a) { return _mm256_and_si256(_mm256_srli_epi16(a, 4), _mm256_set1_epi8(15)); }
@@ -150,7 +160,7 @@ VEC wi wi_set1_32(const void *p)
 VEC wi wi_maddubs(wi u, wi s) { return _mm256_maddubs_epi16(u, s); }
 VEC wi wi_madd(wi a, wi b) { return _mm256_madd_epi16(a, b); }
 /* acc + sums of two neighbouring products of int16. */
-VEC wi wi_dot_pairs(wi acc, wi a, wi b) { return _mm256_add_epi32(acc, _mm256_madd_epi16(a, b)); }
+VEC wi wi_dot_pairs(wi acc, wi a, wi b) { return wi_sum32(acc, _mm256_madd_epi16(a, b)); }
 VEC wi wi_set1_16(int x) { return _mm256_set1_epi16((short)x); }
 VEC wf wi_float(wi a) { return _mm256_cvtepi32_ps(a); }
 
@@ -170,18 +180,21 @@ VEC wi wi_gather_lanes(const uint8_t *p, size_t stride, int half)
     return _mm256_inserti128_si256(_mm256_castsi128_si256(lane_load(p, half)), lane_load(p + stride, half), 1);
 }
 
-VEC wi wi_fold_lanes(const wi a[4])
+VEC void wi_transpose_dwords(wi x[4])
 {
-    wi s = _mm256_add_epi32(_mm256_unpacklo_epi32(a[0], a[1]), _mm256_unpackhi_epi32(a[0], a[1]));
-    wi u = _mm256_add_epi32(_mm256_unpacklo_epi32(a[2], a[3]), _mm256_unpackhi_epi32(a[2], a[3]));
+    wi a = _mm256_unpacklo_epi32(x[0], x[1]), b = _mm256_unpackhi_epi32(x[0], x[1]);
+    wi c = _mm256_unpacklo_epi32(x[2], x[3]), d = _mm256_unpackhi_epi32(x[2], x[3]);
 
-    return _mm256_add_epi32(_mm256_unpacklo_epi64(s, u), _mm256_unpackhi_epi64(s, u));
+    x[0] = _mm256_unpacklo_epi64(a, c);
+    x[1] = _mm256_unpackhi_epi64(a, c);
+    x[2] = _mm256_unpacklo_epi64(b, d);
+    x[3] = _mm256_unpackhi_epi64(b, d);
 }
 
 VEC void wf_split32(const wf v[4], uint8_t *to, wi *total)
 {
-    const wi order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
     wi n[4], high[2];
+    wf h, l, x;
 
     for (int i = 0; i < 4; i++) {
         n[i] = _mm256_cvtps_epi32(v[i]);
@@ -192,8 +205,15 @@ VEC void wf_split32(const wf v[4], uint8_t *to, wi *total)
         high[i] = _mm256_srli_epi16(_mm256_add_epi16(n[i], _mm256_set1_epi16(128)), 8);
         n[i] = _mm256_and_si256(n[i], _mm256_set1_epi16(255));
     }
-    _mm256_storeu_si256((__m256i *)to, _mm256_permutevar8x32_epi32(_mm256_packus_epi16(high[0], high[1]), order));
-    _mm256_storeu_si256((__m256i *)to + 1, _mm256_permutevar8x32_epi32(_mm256_packus_epi16(n[0], n[1]), order));
+    /* dwords of the lanes: even 0, even 2, odd 0, odd 2; even 1, even 3, odd 1, odd 3 */
+    h = _mm256_castsi256_ps(_mm256_packus_epi16(high[0], high[1]));
+    l = _mm256_castsi256_ps(_mm256_packus_epi16(n[0], n[1]));
+    x = _mm256_shuffle_ps(h, l, 0x88);
+    _mm_storeu_ps((float *)to, _mm256_castps256_ps128(x));
+    _mm_storeu_ps((float *)(to + 64), _mm256_extractf128_ps(x, 1));
+    x = _mm256_shuffle_ps(h, l, 0xdd);
+    _mm_storeu_ps((float *)(to + 128), _mm256_castps256_ps128(x));
+    _mm_storeu_ps((float *)(to + 192), _mm256_extractf128_ps(x, 1));
 }
 VEC void wf_store_int16(int16_t *p, wf a, wf b)
 {
@@ -201,9 +221,6 @@ VEC void wf_store_int16(int16_t *p, wf a, wf b)
 
     _mm256_storeu_si256((__m256i *)p, _mm256_permute4x64_epi64(n, 0xd8));
 }
-
-/* ROWS rows do not go a way of their own here. */
-VEC void wf_split32_wide(const wf v[4], uint8_t *to, wi *total) { wf_split32(v, to, total); }
 
 /* ---- values of two tokens ---- */
 

@@ -146,11 +146,20 @@ VEC wi wi_zero(void) { return _mm512_setzero_si512(); }
 VEC wi wi_load(const void *p) { return _mm512_loadu_si512(p); }
 VEC void wi_store(void *p, wi v) { _mm512_storeu_si512(p, v); }
 VEC wi wi_add32(wi a, wi b) { return _mm512_add_epi32(a, b); }
-VEC wi wi_add16(wi a, wi b) { return _mm512_add_epi16(a, b); }
+/* Sums in a loop are instructions: gcc 12 would make all products first and add them up later, from memory. */
+VEC wi wi_sum16(wi sum, wi x)
+{
+    __asm__("vpaddw %1, %0, %0" : "+v"(sum) : "v"(x));
+    return sum;
+}
+VEC wi wi_sum32(wi sum, wi x)
+{
+    __asm__("vpaddd %1, %0, %0" : "+v"(sum) : "v"(x));
+    return sum;
+}
 VEC wi wi_shl8(wi a) { return _mm512_slli_epi32(a, 8); }
 VEC wi wi_nib_low(wi a) { return _mm512_and_si512(a, _mm512_set1_epi8(15)); }
 VEC wi wi_nib_high(wi a) { return _mm512_and_si512(_mm512_srli_epi16(a, 4), _mm512_set1_epi8(15)); }
-VEC wi wi_set1_lane(const void *p) { return _mm512_broadcast_i32x4(_mm_loadu_si128(p)); }
 VEC wi wi_set1_32(const void *p)
 {
     int32_t x;
@@ -161,10 +170,11 @@ VEC wi wi_set1_32(const void *p)
 VEC wi wi_maddubs(wi u, wi s) { return _mm512_maddubs_epi16(u, s); }
 VEC wi wi_madd(wi a, wi b) { return _mm512_madd_epi16(a, b); }
 #ifdef ATTN_VNNI
-/* acc + sums of four neighbouring products of uint8 and int8. */
-VEC wi wi_dot_bytes(wi acc, wi u, wi s)
+/* acc + sums of four neighbouring products of uint8 and int8, the latter the same four everywhere. Instructions, because gcc 12 copies
+ * the accumulators of the intrinsics. */
+VEC wi wi_dot_bytes(wi acc, wi u, const void *s)
 {
-    __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(u), "v"(s)); /* the intrinsic makes gcc 12 copy accumulators */
+    __asm__("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(acc) : "v"(u), "m"(*(const int32_t(*)[1])s));
     return acc;
 }
 VEC wi wi_dot_pairs(wi acc, wi a, wi b)
@@ -173,7 +183,7 @@ VEC wi wi_dot_pairs(wi acc, wi a, wi b)
     return acc;
 }
 #else
-VEC wi wi_dot_pairs(wi acc, wi a, wi b) { return _mm512_add_epi32(acc, _mm512_madd_epi16(a, b)); }
+VEC wi wi_dot_pairs(wi acc, wi a, wi b) { return wi_sum32(acc, _mm512_madd_epi16(a, b)); }
 #endif
 VEC wi wi_set1_16(int x) { return _mm512_set1_epi16((short)x); }
 VEC wf wi_float(wi a) { return _mm512_cvtepi32_ps(a); }
@@ -203,52 +213,31 @@ VEC wi wi_gather_lanes(const uint8_t *p, size_t stride, int half)
     return _mm512_inserti32x4(v, lane_load(p + 3 * stride, half), 3);
 }
 
-/* Sums of the lanes' four int32, lane i of a[g] to element 4 i + g. */
-VEC wi wi_fold_lanes(const wi a[4])
+/* In each lane: dword i of register j becomes dword j of register i. */
+VEC void wi_transpose_dwords(wi x[4])
 {
-    wi s = _mm512_add_epi32(_mm512_unpacklo_epi32(a[0], a[1]), _mm512_unpackhi_epi32(a[0], a[1]));
-    wi u = _mm512_add_epi32(_mm512_unpacklo_epi32(a[2], a[3]), _mm512_unpackhi_epi32(a[2], a[3]));
+    wi a = _mm512_unpacklo_epi32(x[0], x[1]), b = _mm512_unpackhi_epi32(x[0], x[1]);
+    wi c = _mm512_unpacklo_epi32(x[2], x[3]), d = _mm512_unpackhi_epi32(x[2], x[3]);
 
-    return _mm512_add_epi32(_mm512_unpacklo_epi64(s, u), _mm512_unpackhi_epi64(s, u));
+    x[0] = _mm512_unpacklo_epi64(a, c);
+    x[1] = _mm512_unpackhi_epi64(a, c);
+    x[2] = _mm512_unpacklo_epi64(b, d);
+    x[3] = _mm512_unpackhi_epi64(b, d);
 }
 
-/* The same for pairs: a[0] and a[1] are one row's, a[2] and a[3] another's; lane i's to elements 2 i and 2 i + 1 of the lower and of
- * the upper half. */
-VEC wi wi_fold_pairs(const wi a[4])
+/* Rounds 16 even and 16 odd numbers within int16 to whole ones, 256 * high + low byte (signed). To to + 64 k: high bytes of the four
+ * even ones from 4 k on, of the odd ones, low bytes of both. *total += the whole numbers. */
+VEC void wf_split32(const wf v[2], uint8_t *to, wi *total)
 {
-    const wi order = _mm512_setr_epi32(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15);
-
-    return _mm512_permutexvar_epi32(order, wi_fold_lanes(a));
-}
-/* p[0] in the lower half, p[1] in the upper one. */
-VEC wf wf_halves(const float *p) { return _mm512_insertf32x8(_mm512_set1_ps(p[0]), _mm256_set1_ps(p[1]), 1); }
-VEC void wf_store_halves(float *lower, float *upper, wf v)
-{
-    _mm256_storeu_ps(lower, _mm512_castps512_ps256(v));
-    _mm256_storeu_ps(upper, _mm512_extractf32x8_ps(v, 1));
-}
-
-/* Rounds 32 numbers within int16 to whole ones, 256 * high + low byte (signed): high bytes to to[0..31], low ones to to[32..63].
- * *total += the whole numbers. */
-VEC wi split32(const wf v[2], wi *total)
-{
-    const wi order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
     wi a = _mm512_cvtps_epi32(v[0]), b = _mm512_cvtps_epi32(v[1]), n = _mm512_packs_epi32(a, b);
     wi high = _mm512_srli_epi16(_mm512_add_epi16(n, _mm512_set1_epi16(128)), 8);
 
     *total = _mm512_add_epi32(*total, _mm512_add_epi32(a, b));
-    return _mm512_permutexvar_epi32(order, _mm512_packus_epi16(high, _mm512_and_si512(n, _mm512_set1_epi16(255))));
-}
-VEC void wf_split32(const wf v[2], uint8_t *to, wi *total) { _mm512_storeu_si512(to, split32(v, total)); }
-/* The same, each 16 bytes four times. */
-VEC void wf_split32_wide(const wf v[2], uint8_t *to, wi *total)
-{
-    wi n = split32(v, total);
-
-    _mm512_storeu_si512(to, _mm512_shuffle_i32x4(n, n, 0x00));
-    _mm512_storeu_si512(to + 64, _mm512_shuffle_i32x4(n, n, 0x55));
-    _mm512_storeu_si512(to + 128, _mm512_shuffle_i32x4(n, n, 0xaa));
-    _mm512_storeu_si512(to + 192, _mm512_shuffle_i32x4(n, n, 0xff));
+    n = _mm512_packus_epi16(high, _mm512_and_si512(n, _mm512_set1_epi16(255)));
+    _mm_storeu_si128((__m128i *)to, _mm512_castsi512_si128(n));
+    _mm_storeu_si128((__m128i *)(to + 64), _mm512_extracti32x4_epi32(n, 1));
+    _mm_storeu_si128((__m128i *)(to + 128), _mm512_extracti32x4_epi32(n, 2));
+    _mm_storeu_si128((__m128i *)(to + 192), _mm512_extracti32x4_epi32(n, 3));
 }
 
 /* 2 WIDTH numbers within int16, rounded. */
