@@ -60,5 +60,9 @@ endif
 
 SCRIPT_BENCHES += bench/bench_fidelity.sh
 
+BENCHES += bench/bench_attend
+bench_bench_attend_SOURCES = bench/bench_attend.c bench/bench.h
+bench_bench_attend_LDADD = $(KVD_KERNELS_LIBS) -lpthread
+
 # What bench_attend is compared with: built by its script, against a libggml that no Debian package has.
 EXTRA_DIST += bench/peer_attend.c bench/peer_attend.sh
