@@ -11,19 +11,19 @@
 
 static const struct at_shape shapes[] = {
     /* name, KV heads, ratio, K, V, codecs, first, window, block, dtype, bound */
-    {"default", 2, 4, 128, 128, NULL, NULL, NULL, NULL, 0, 64, KVD_F16, 1e-2},
-    {"one codec", 2, 4, 128, 128, NULL, NULL, "", "", 0, 64, KVD_BF16, 1e-2},
-    {"mha", 4, 1, 64, 64, NULL, NULL, NULL, NULL, 0, 64, KVD_F16, 1e-2},
-    {"mqa", 1, 8, 256, 256, NULL, NULL, NULL, NULL, 0, 64, KVD_BF16, 1e-2},
-    {"raw", 2, 4, 64, 64, "raw", "raw", NULL, NULL, 0, 16, KVD_F16, 1e-2},
-    {"f32", 1, 1, 80, 96, "raw", "raw", NULL, NULL, 0, 16, KVD_F32, 1e-2},
-    {"uq4", 2, 4, 128, 128, "uq4", "uq4", NULL, NULL, 0, 64, KVD_BF16, 1e-2},
-    {"fp8", 2, 3, 128, 64, "fp8", "fp8", NULL, NULL, 0, 32, KVD_BF16, 1e-2},
-    {"int8, tq3", 2, 2, 64, 128, "int8", "tq3", NULL, NULL, 0, 64, KVD_F16, 1e-2},
-    {"k wider", 2, 4, 192, 128, NULL, NULL, NULL, NULL, 0, 64, KVD_F16, 1e-2},
-    {"latent", 1, 16, 576, 0, NULL, NULL, NULL, NULL, 0, 64, KVD_BF16, 1e-2},
-    {"slide", 2, 4, 128, 128, NULL, NULL, NULL, NULL, 300, 64, KVD_F16, 1e-2},
-    {"odd block", 2, 4, 128, 128, NULL, NULL, NULL, NULL, 0, 48, KVD_F16, 1e-2},
+    {"default", 2, 4, 128, 128, NULL, NULL, NULL, NULL, 0, 64, KVD_F16, 2e-3},
+    {"one codec", 2, 4, 128, 128, NULL, NULL, "", "", 0, 64, KVD_BF16, 2e-3},
+    {"mha", 4, 1, 64, 64, NULL, NULL, NULL, NULL, 0, 64, KVD_F16, 2e-3},
+    {"mqa", 1, 8, 256, 256, NULL, NULL, NULL, NULL, 0, 64, KVD_BF16, 2e-3},
+    {"raw", 2, 4, 64, 64, "raw", "raw", NULL, NULL, 0, 16, KVD_F16, 5e-4},
+    {"f32", 1, 1, 80, 96, "raw", "raw", NULL, NULL, 0, 16, KVD_F32, 5e-4},
+    {"uq4", 2, 4, 128, 128, "uq4", "uq4", NULL, NULL, 0, 64, KVD_BF16, 5e-4},
+    {"fp8", 2, 3, 128, 64, "fp8", "fp8", NULL, NULL, 0, 32, KVD_BF16, 5e-4},
+    {"int8, tq3", 2, 2, 64, 128, "int8", "tq3", NULL, NULL, 0, 64, KVD_F16, 5e-4},
+    {"k wider", 2, 4, 192, 128, NULL, NULL, NULL, NULL, 0, 64, KVD_F16, 2e-3},
+    {"latent", 1, 16, 576, 0, NULL, NULL, NULL, NULL, 0, 64, KVD_BF16, 5e-4},
+    {"slide", 2, 4, 128, 128, NULL, NULL, NULL, NULL, 300, 64, KVD_F16, 2e-3},
+    {"odd block", 2, 4, 128, 128, NULL, NULL, NULL, NULL, 0, 48, KVD_F16, 2e-3},
 };
 enum { N_SHAPES = sizeof(shapes) / sizeof(shapes[0]), BLOCKS = 11 };
 
