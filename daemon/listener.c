@@ -291,10 +291,12 @@ static int make_rest(struct listener *l)
     return r;
 }
 
-static int start_grpc(struct daemon *d)
+static int start_grpc(struct daemon *d, const struct own *own)
 {
     int r = rpc_create(d, &d->rpc);
 
+    if (r == 0)
+        log_write(&d->log, LOG_INFO, "gRPC: %s", own->bound ? own->path : "a socket of the service manager");
     if (r < 0)
         log_write(&d->log, LOG_ERROR, "gRPC cannot be had: %s", r == -ENOTSUP ? "this kvd was built without it" : strerror(-r));
     return r;
@@ -319,7 +321,7 @@ int listener_create(struct daemon *d, struct listener **ret)
     if (r == 0)
         r = make_rest(l);
     if (r == 0 && has(l, &grpc_door))
-        r = start_grpc(d);
+        r = start_grpc(d, &l->grpc);
     for (unsigned i = 0; i < l->n && r >= 0; i++) {
         r = sd_event_add_io(d->event, &l->sockets[i].source, l->sockets[i].fd, EPOLLIN, on_connection, &l->sockets[i]);
         if (r < 0)

@@ -17,6 +17,7 @@
 #include <grpc/grpc_security.h>
 #include <grpc/slice.h>
 
+#include "daemon/probes.h"
 #include "daemon/rpc-internal.h"
 #include "proto/kvd.pb-c.h"
 
@@ -237,6 +238,7 @@ static void finish(struct rpc_call *c)
         }
     }
     c->finished = true;
+    PROBE3(grpc_call_end, c, c->status, daemon_now_usec() - c->begin_usec);
     rpc_count(c->conn->rpc, count_of(c->status), 1);
     slow_add(c);
     start(c, ops, n, &c->send_tag);
@@ -507,6 +509,7 @@ static void begin(struct rpc_call *c)
     c->begin_usec = daemon_now_usec();
     c->method = rpc_method_find(GRPC_SLICE_START_PTR(c->details.method), GRPC_SLICE_LENGTH(c->details.method));
     rpc_count(rpc, RPC_CALLS, 1);
+    PROBE3(grpc_call_begin, c, c->conn->worker, c->method ? c->method->path : "");
     start(c, &op, 1, &c->close_tag);
     if (!c->method) {
         refuse(c, GRPC_STATUS_UNIMPLEMENTED, ERROR_PROTOCOL, "there is no such method", "those that reflection lists");
