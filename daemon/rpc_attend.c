@@ -247,6 +247,7 @@ static enum error_code error_of(uint32_t reason)
 {
     switch (reason) {
     case RING_STALE: return ERROR_NOT_FOUND;
+    case RING_MEMORY: return ERROR_FULL;
     case RING_ENDING: return ERROR_DRAINING;
     case RING_QUERY: return ERROR_VALUE;
     default: return ring_reason_error(reason) == 2 ? ERROR_LAYOUT : (enum error_code)ring_reason_error(reason);
