@@ -107,6 +107,7 @@ struct attend_request {
     uint32_t heap_at;                /* by lock, while WAITING */
     uint64_t hash;
     double tag, start, cost;         /* by lock; see attend_queue.c. In units */
+    double read_cost;                /* of it: taking its queries and answering */
     double shared_cost;              /* what it cost, with what it shared */
     uint64_t ticket;
     uint64_t bytes;                  /* of this allocation */
@@ -120,8 +121,9 @@ struct attend_request {
     uint64_t deadline_usec, taken_usec, begun_usec;
 
     _Atomic uint32_t reason;         /* enum ring_reason: set once, by whoever comes first (attend_request_fail()) */
-    uint64_t given, allowed;         /* of the reason */
-    uint32_t n_left;                 /* by lock: pieces */
+    _Atomic bool failing;            /* somebody has come */
+    uint64_t given, allowed;         /* of the reason, there once it is seen */
+    uint64_t n_left;                 /* by lock: pieces */
     uint32_t n_together;
     uint64_t needed_bytes;           /* of blocks that it needs */
 
@@ -137,6 +139,8 @@ struct attend_segment {
     uint32_t member0, n_members;     /* in job.order */
     uint32_t n_rows;                 /* of one KV head, of all members */
     uint32_t block0;                 /* in job.blocks */
+    uint32_t piece_heads, piece_blocks, piece_rows; /* of a piece, at most */
+    uint64_t piece0, n_pieces;       /* numbers of its pieces in the job; blocks by heads by rows, rows innermost */
 };
 struct attend_block {
     const uint8_t *payload;          /* NULL: left out */
@@ -162,9 +166,9 @@ struct attend_job {
     struct attend_block *blocks;
     uint32_t n_blocks;
     uint32_t *words, n_words;        /* of the lease table */
-    struct attend_piece *pieces;
-    uint32_t n_pieces, next_piece;   /* by lock: the first that nobody has taken */
-    uint32_t n_left;                 /* by lock: not done */
+    uint64_t n_pieces, next_piece;   /* by lock: the first that nobody has taken */
+    uint32_t next_segment;           /* by lock: where it was last */
+    uint64_t n_left;                 /* by lock: not done */
     bool wants_mass, ready;
     pthread_mutex_t *head;           /* a KV head's results are merged by one thread at a time */
 };
@@ -257,6 +261,11 @@ bool attend_same_kind(const struct attend_request *a, const struct attend_reques
  * Errors: -ENOMEM, -EAGAIN (no lease words for the first; nothing was done). */
 int attend_job_create(struct attend_request **members, uint32_t n, double nsec_per_unit, uint64_t slice_usec,
                       struct attend_job **ret, uint32_t *ret_n);
+/* The next piece; there is one (next_piece < n_pieces). By lock. */
+struct attend_piece attend_job_next(struct attend_job *job);
+/* Nobody waited for this piece, which has been skipped. If that is so for all that is left of its segment, it is taken off the counts of its
+ * members and of the job. By lock. */
+void attend_job_skip(struct attend_job *job, const struct attend_piece *piece);
 /* Gives its leases back. The members are not its own. */
 struct attend_job *attend_job_destroy(struct attend_job *job);
 
@@ -267,9 +276,9 @@ void attend_request_fail(struct attend_request *rq, enum ring_reason reason, uin
 /* It is not to be computed any further. Looks at its deadline and at the worker's word. No lock may be held. */
 bool attend_request_over(struct attend_request *rq, uint64_t now_usec);
 /* Computes a piece and merges it into its members' results. Returns the bytes of codes that it read, 0 for rows whose codes the piece before
- * has read. */
+ * has read. *ret_skipped: nobody waited for it, and nothing was done. */
 uint64_t attend_piece_run(const struct attend *attend, struct attend_job *job, const struct attend_piece *piece,
-                          struct attend_scratch *scratch);
+                          struct attend_scratch *scratch, bool *ret_skipped);
 double attend_piece_units(const struct attend_job *job, const struct attend_piece *piece);
 void attend_scratch_deinit(struct attend_scratch *scratch);
 /* Writes a request's results and its completion, unless the worker is gone. No lock may be held but rings_lock. */

@@ -16,7 +16,9 @@
  *   b  nobody watches while all threads compute: each polls before its next piece, and who finds no piece watches.
  *   c  a ring is full of completions that nobody has read: it is not ready, and no thread spins for it. Its worker has submitted more than
  *      it may; libkvd never does.
- *   d  a bell that a worker rings without need wakes the watcher for nothing: it costs that worker a system call each time. */
+ *   d  a ring was not ready when the watcher looked, because a thread had written a completion and not counted it yet: that thread looks
+ *      at the rings itself before it waits for pieces, and does not wait while there was something.
+ *   e  a bell that a worker rings without need wakes the watcher for nothing: it costs that worker a system call each time. */
 #include "daemon/attend.h"
 
 #include <assert.h>
@@ -137,7 +139,7 @@ static void start_job(struct attend *a, struct attend_job *j)
     a->stats.n_put_off += attend_queue_job(j->tenant) != NULL;
     j->next = j->tenant->jobs;
     j->tenant->jobs = j;
-    n_wake = j->n_pieces - 1 < a->n_idle ? j->n_pieces - 1 : a->n_idle;
+    n_wake = j->n_pieces - 1 < a->n_idle ? (uint32_t)(j->n_pieces - 1) : a->n_idle;
     a->stats.n_wakes += n_wake;
     while (n_wake-- > 0)
         pthread_cond_signal(&a->work);
@@ -164,6 +166,8 @@ static void form_job(struct attend *a, struct attend_tenant *t)
     for (uint32_t i = 0; r == 0 && i < n_in; i++)
         members[i]->begun_usec = now;
     pthread_mutex_lock(&a->lock);
+    for (uint32_t i = 0; r == 0 && i < n_in; i++)
+        t->served += members[i]->read_cost;
     if (r == 0) {
         for (uint32_t i = n_in; i < n; i++)
             attend_queue_return(a, members[i]);
@@ -196,27 +200,32 @@ static struct attend_job *take_piece(struct attend *a, struct attend_piece *ret)
             form_job(a, t);
             continue;
         }
-        *ret = j->pieces[j->next_piece++];
+        *ret = attend_job_next(j);
         t->served += attend_piece_units(j, ret);
         return j;
     }
 }
 
-/* A piece is done: who waits for no other is answered; the last piece ends the job. By lock. */
-static void finish_piece(struct attend *a, struct attend_job *j, const struct attend_piece *p)
+/* A piece is done, or was skipped: who waits for no other is answered; the last piece ends the job. By lock. */
+static void finish_piece(struct attend *a, struct attend_job *j, const struct attend_piece *p, bool skipped)
 {
     const struct attend_segment *s = &j->segments[p->segment];
     struct attend_request *ended[ATTEND_MEMBERS_MAX];
     uint32_t n_ended = 0, row = 0;
 
+    if (skipped)
+        attend_job_skip(j, p);
     for (uint32_t m = 0; m < s->n_members; m++) {
         uint32_t member = j->order[s->member0 + m], n_rows = j->n_rows[member];
+        struct attend_request *rq = isinf(j->tags[member]) ? NULL : j->members[member]; /* NULL: answered */
 
-        if (row < p->row1 && row + n_rows > p->row0 && --j->members[member]->n_left == 0) {
-            ended[n_ended++] = j->members[member];
+        if (row < p->row1 && row + n_rows > p->row0)
+            rq->n_left--;
+        row += n_rows;
+        if (rq && rq->n_left == 0) {
+            ended[n_ended++] = rq;
             j->tags[member] = INFINITY;
         }
-        row += n_rows;
     }
     if (n_ended)
         find_tag(j);
@@ -235,6 +244,7 @@ static void run_piece(struct attend *a, struct attend_job *j, const struct atten
 {
     double units = attend_piece_units(j, p), nsec;
     uint64_t bytes, begun;
+    bool skipped;
 
     if (!a->watched && a->n_idle && units * a->nsec_per_unit > HAND_OVER_USEC * 1000.0) {
         a->stats.n_wakes++;
@@ -242,7 +252,7 @@ static void run_piece(struct attend *a, struct attend_job *j, const struct atten
     }
     pthread_mutex_unlock(&a->lock);
     begun = attend_now_usec();
-    bytes = attend_piece_run(a, j, p, scratch);
+    bytes = attend_piece_run(a, j, p, scratch, &skipped);
     nsec = (double)(attend_now_usec() - begun) * 1000;
     pthread_mutex_lock(&a->lock);
     a->stats.n_pieces++;
@@ -251,7 +261,7 @@ static void run_piece(struct attend *a, struct attend_job *j, const struct atten
         a->nsec_per_unit += (nsec / units - a->nsec_per_unit) / 16;
     if (a->nsec_per_unit < 0.001 || a->nsec_per_unit > 100)
         a->nsec_per_unit = a->nsec_per_unit < 0.001 ? 0.001 : 100;
-    finish_piece(a, j, p);
+    finish_piece(a, j, p, skipped);
 }
 
 /* ---- watching ---- */
@@ -347,9 +357,10 @@ static void *attend_thread(void *ctx)
     for (;;) {
         struct attend_piece piece;
         struct attend_job *job;
+        bool looked = false; /* and nothing was there */
 
         if (!atomic_load_explicit(&a->knocks, memory_order_relaxed) && pthread_mutex_trylock(&a->rings_lock) == 0) {
-            attend_poll(a);
+            looked = attend_poll(a) == 0;
             pthread_mutex_unlock(&a->rings_lock);
         }
         pthread_mutex_lock(&a->lock);
@@ -367,6 +378,12 @@ static void *attend_thread(void *ctx)
             watch(a, usec);
             pthread_mutex_lock(&a->lock);
             a->watched = false;
+        } else if (!looked) {
+            pthread_mutex_unlock(&a->lock);
+            lock_rings(a); /* until whoever had them is done, so that the next try does not fail for the same reason */
+            attend_poll(a);
+            pthread_mutex_unlock(&a->rings_lock);
+            continue;
         } else {
             a->n_idle++;
             pthread_cond_wait(&a->work, &a->lock);

@@ -236,97 +236,119 @@ static int lease_all(struct attend_job *j)
 
 /* ---- pieces ---- */
 
-/* How a segment is cut: so that a piece takes about a slice. */
-struct cut {
-    uint32_t heads, blocks, rows;
-};
-
-static struct cut cut_of(const struct attend_job *j, const struct attend_segment *s, double nsec_per_unit, uint64_t slice_usec)
-{
-    const struct attend_kind *k = &j->kind;
-    uint32_t n_chunks = (s->n_rows + ATTEND_ROWS_MAX - 1) / ATTEND_ROWS_MAX;
-    struct cut c = {.heads = 1, .blocks = s->n, .rows = (s->n_rows + n_chunks - 1) / n_chunks};
-    double slice = (double)slice_usec * 1000,
-           head = attend_units((uint64_t)s->n * k->space->block_tokens, 1, c.rows, k->dim_k + k->params.dim_o) * nsec_per_unit;
-
-    if (head > slice) {
-        double n = head / slice;
-        uint32_t n_runs = n < s->n ? (uint32_t)n + 1 : s->n;
-
-        c.blocks = (s->n + n_runs - 1) / n_runs;
-    } else if (head * k->n_kv_heads <= slice) {
-        c.heads = k->n_kv_heads;
-    } else {
-        c.heads = (uint32_t)(slice / head);
-    }
-    if (c.blocks > ATTEND_PIECE_BLOCKS_MAX)
-        c.blocks = ATTEND_PIECE_BLOCKS_MAX;
-    return c;
-}
+/* Pieces are numbered and not listed: a request of a few megabytes may have a hundred millions of them. */
 
 static uint32_t parts(uint32_t n, uint32_t each)
 {
     return (n + each - 1) / each;
 }
 
-static int add_pieces(struct attend_job *j, uint32_t segment, const struct cut *c)
+/* How a segment is cut: so that a piece takes about a slice. */
+static void cut(const struct attend_job *j, struct attend_segment *s, double nsec_per_unit, uint64_t slice_usec)
 {
-    const struct attend_segment *s = &j->segments[segment];
-    uint64_t n = (uint64_t)parts(s->n, c->blocks) * parts(j->kind.n_kv_heads, c->heads) * parts(s->n_rows, c->rows);
-    struct attend_piece *grown;
+    const struct attend_kind *k = &j->kind;
+    uint32_t rows = parts(s->n_rows, parts(s->n_rows, ATTEND_ROWS_MAX)), heads = 1, blocks = s->n;
+    double slice = (double)slice_usec * 1000,
+           head = attend_units((uint64_t)s->n * k->space->block_tokens, 1, rows, k->dim_k + k->params.dim_o) * nsec_per_unit;
 
-    if (n + j->n_pieces > UINT32_MAX / sizeof(*grown))
-        return -ENOMEM;
-    grown = realloc(j->pieces, (j->n_pieces + n) * sizeof(*grown));
-    if (!grown)
-        return -ENOMEM;
-    j->pieces = grown;
-    for (uint32_t b = 0; b < s->n; b += c->blocks) /* rows innermost: the codes are in the cache then */
-        for (uint32_t h = 0; h < j->kind.n_kv_heads; h += c->heads)
-            for (uint32_t r = 0; r < s->n_rows; r += c->rows)
-                j->pieces[j->n_pieces++] = (struct attend_piece){
-                    .segment = segment,
-                    .head0 = h,
-                    .head1 = h + c->heads < j->kind.n_kv_heads ? h + c->heads : j->kind.n_kv_heads,
-                    .block0 = b,
-                    .block1 = b + c->blocks < s->n ? b + c->blocks : s->n,
-                    .row0 = r,
-                    .row1 = r + c->rows < s->n_rows ? r + c->rows : s->n_rows,
-                };
-    return 0;
+    if (head > slice) {
+        double n = head / slice;
+
+        blocks = parts(s->n, n < s->n ? (uint32_t)n + 1 : s->n);
+    } else {
+        heads = head * k->n_kv_heads <= slice ? k->n_kv_heads : (uint32_t)(slice / head);
+    }
+    s->piece_heads = heads;
+    s->piece_blocks = blocks < ATTEND_PIECE_BLOCKS_MAX ? blocks : ATTEND_PIECE_BLOCKS_MAX;
+    s->piece_rows = rows;
 }
 
-/* Each member knows how many pieces it waits for. */
-static void count_pieces(struct attend_job *j)
+/* Pieces of a segment for one run of rows. */
+static uint64_t runs_of(const struct attend_job *j, const struct attend_segment *s)
 {
-    for (uint32_t i = 0; i < j->n_pieces; i++) {
-        const struct attend_piece *p = &j->pieces[i];
-        const struct attend_segment *s = &j->segments[p->segment];
+    return (uint64_t)parts(s->n, s->piece_blocks) * parts(j->kind.n_kv_heads, s->piece_heads);
+}
+
+/* How many of its pieces from number `from` on have some of the rows [row, row + n). */
+static uint64_t pieces_of(const struct attend_job *j, const struct attend_segment *s, uint64_t from, uint32_t row, uint32_t n)
+{
+    uint32_t each = parts(s->n_rows, s->piece_rows), first = row / s->piece_rows, end = (row + n - 1) / s->piece_rows + 1;
+    uint32_t at = (uint32_t)(from % each), begun = at < first ? end - first : at < end ? end - at : 0;
+
+    return from < s->n_pieces ? (runs_of(j, s) - from / each - 1) * (end - first) + begun : 0;
+}
+
+static void make_pieces(struct attend_job *j, double nsec_per_unit, uint64_t slice_usec)
+{
+    for (uint32_t i = 0; i < j->n_segments; i++) {
+        struct attend_segment *s = &j->segments[i];
         uint32_t row = 0;
 
-        for (uint32_t m = 0; m < s->n_members; m++) {
+        cut(j, s, nsec_per_unit, slice_usec);
+        s->piece0 = j->n_pieces;
+        s->n_pieces = runs_of(j, s) * parts(s->n_rows, s->piece_rows);
+        j->n_pieces += s->n_pieces;
+        for (uint32_t m = 0; m < s->n_members; m++) { /* each knows how many it waits for */
             struct attend_request *rq = j->members[j->order[s->member0 + m]];
 
-            if (row < p->row1 && row + rq->n_rows > p->row0)
-                rq->n_left++;
+            rq->n_left += pieces_of(j, s, 0, row, rq->n_rows);
             row += rq->n_rows;
         }
     }
+    j->n_left = j->n_pieces;
 }
 
-static int make_pieces(struct attend_job *j, double nsec_per_unit, uint64_t slice_usec)
+struct attend_piece attend_job_next(struct attend_job *j)
 {
-    int r = 0;
+    const struct attend_segment *s = &j->segments[j->next_segment];
+    uint64_t n = j->next_piece++, run;
+    uint32_t b, h, r;
 
-    for (uint32_t i = 0; i < j->n_segments && r == 0; i++) {
-        struct cut c = cut_of(j, &j->segments[i], nsec_per_unit, slice_usec);
-
-        r = add_pieces(j, i, &c);
+    while (n - s->piece0 >= s->n_pieces) {
+        j->next_segment++;
+        s++;
     }
-    if (r == 0)
-        count_pieces(j);
-    j->n_left = j->n_pieces;
-    return r;
+    n -= s->piece0;
+    run = n / parts(s->n_rows, s->piece_rows);
+    r = (uint32_t)(n % parts(s->n_rows, s->piece_rows)) * s->piece_rows; /* innermost: the codes are in the cache then */
+    h = (uint32_t)(run % parts(j->kind.n_kv_heads, s->piece_heads)) * s->piece_heads;
+    b = (uint32_t)(run / parts(j->kind.n_kv_heads, s->piece_heads)) * s->piece_blocks;
+    return (struct attend_piece){
+        .segment = j->next_segment,
+        .head0 = h,
+        .head1 = s->piece_heads < j->kind.n_kv_heads - h ? h + s->piece_heads : j->kind.n_kv_heads,
+        .block0 = b,
+        .block1 = s->piece_blocks < s->n - b ? b + s->piece_blocks : s->n,
+        .row0 = r,
+        .row1 = s->piece_rows < s->n_rows - r ? r + s->piece_rows : s->n_rows,
+    };
+}
+
+void attend_job_skip(struct attend_job *j, const struct attend_piece *p)
+{
+    const struct attend_segment *s = &j->segments[p->segment];
+    uint64_t from = j->next_piece - s->piece0;
+
+    if (j->next_segment != p->segment || from >= s->n_pieces)
+        return;
+    for (int take = 0; take < 2; take++) {
+        uint32_t row = 0;
+
+        for (uint32_t m = 0; m < s->n_members; m++) {
+            uint32_t number = j->order[s->member0 + m];
+            uint64_t n = pieces_of(j, s, from, row, j->n_rows[number]);
+
+            row += j->n_rows[number];
+            if (n == 0) /* it may have been answered */
+                continue;
+            if (take)
+                j->members[number]->n_left -= n;
+            else if (!atomic_load_explicit(&j->members[number]->reason, memory_order_relaxed))
+                return;
+        }
+    }
+    j->n_left -= s->n_pieces - from;
+    j->next_piece = s->piece0 + s->n_pieces;
 }
 
 /* ---- life ---- */
@@ -340,7 +362,7 @@ static void share_costs(struct attend_job *j)
         struct attend_request *rq = j->members[i];
 
         rq->n_together = j->n_members;
-        rq->shared_cost = 0;
+        rq->shared_cost = rq->read_cost;
         j->wants_mass |= rq->block_lse != NULL;
     }
     for (uint32_t i = 0; i < j->n_segments; i++) {
@@ -374,10 +396,9 @@ static int make(struct attend_job *j, uint32_t n, double nsec_per_unit, uint64_t
         j->order[i] = i;
     add_segments(j, 0, n, 0);
     r = lease_all(j);
-    if (r == 0)
-        r = make_pieces(j, nsec_per_unit, slice_usec);
     if (r < 0)
         return r;
+    make_pieces(j, nsec_per_unit, slice_usec);
     share_costs(j);
     for (uint32_t i = 0; i < j->kind.n_kv_heads; i++)
         pthread_mutex_init(&j->head[i], NULL);
@@ -429,7 +450,6 @@ struct attend_job *attend_job_destroy(struct attend_job *j)
     free(j->segments);
     free(j->blocks);
     free(j->words);
-    free(j->pieces);
     free(j);
     return NULL;
 }

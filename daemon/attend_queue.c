@@ -26,6 +26,7 @@
 /* Cost of a token of one KV head: reading it, and using it for each row. Measured with the AVX-512 variant: about so many rows cost as
  * much as the first look at a token's codes. */
 #define ROWS_PER_LOOK 2.0
+#define TOKENS_A_READ 4 /* about as many as it costs to take a request in and to write its answer, row by row */
 #define ALIKE 4.0 /* costs of requests that are computed together are within this factor */
 
 double attend_units(uint64_t n_tokens, uint32_t n_kv_heads, uint32_t n_rows, uint32_t dims)
@@ -203,7 +204,8 @@ int attend_queue_add(struct attend *a, struct attend_request *rq)
     ring->n_refs++;
     ring->bytes += rq->bytes;
     a->bytes += rq->bytes;
-    rq->cost = attend_units((uint64_t)rq->n_refs * k->space->block_tokens, k->n_kv_heads, rq->n_rows, k->dim_k + k->params.dim_o);
+    rq->read_cost = attend_units(TOKENS_A_READ, k->n_kv_heads, rq->n_rows, k->dim_k + k->params.dim_o);
+    rq->cost = rq->read_cost + attend_units((uint64_t)rq->n_refs * k->space->block_tokens, k->n_kv_heads, rq->n_rows, k->dim_k + k->params.dim_o);
     rq->start = ring->finish > t->now ? ring->finish : t->now;
     rq->tag = ring->finish = rq->start + rq->cost;
     rq->hash = hash_of(a, rq);

@@ -81,7 +81,7 @@ static enum ring_reason check_shape(struct reading *r, struct attend_why *ret)
     if (codec_dtype_bytes((enum codec_dtype)h->dtype) == 0)
         return why(ret, RING_DTYPE, h->dtype, 0);
     dim_most = r->layer->dim_v ? r->layer->dim_v : r->layer->dim_k;
-    if (h->dim_o == 0 || h->dim_o > dim_most || (r->layer->dim_v && h->dim_o != r->layer->dim_v))
+    if (h->dim_o == 0 || h->dim_o % 16 || h->dim_o > dim_most || (r->layer->dim_v && h->dim_o != r->layer->dim_v))
         return why(ret, RING_DIM, h->dim_o, dim_most);
     if (!isfinite(h->scale) || !isfinite(h->softcap) || h->softcap < 0)
         return why(ret, RING_NUMBERS, 0, 0);
@@ -263,9 +263,9 @@ bool attend_ring_ready(const struct attend_ring *ring)
     return n_open + ring_unread(&ring->view, atomic_load_explicit(&ring->done, memory_order_acquire)) < ring->view.n;
 }
 
-/* The request that a submission names. On a failure it has been answered. */
+/* The request that a submission names. On a failure it has been answered. Adds to *io_bytes what was read and made for it. */
 static struct attend_request *read_submission(struct attend *a, struct attend_ring *ring, const struct attend_limits *limits,
-                                              const struct shm_submission *s)
+                                              const struct shm_submission *s, uint64_t *io_bytes)
 {
     const struct attend_memory *m = s->memory < ring->n_memories ? &ring->memories[s->memory] : NULL;
     struct attend_request *rq = NULL;
@@ -275,7 +275,11 @@ static struct attend_request *read_submission(struct attend *a, struct attend_ri
     if (m && s->off % SHM_ATTEND_ALIGN == 0 && s->bytes <= m->bytes && s->off <= m->bytes - s->bytes)
         reason = attend_request_read(a, limits, ring->tenant->cache, m->map + s->off, s->bytes, &rq, &w);
     PROBE3(attend_request, s->ticket, s->bytes, reason);
+    *io_bytes += 4096; /* a refusal is work too */
+    if (reason == RING_QUERY) /* the only one that is found when all has been copied */
+        *io_bytes += limits->request_bytes < ATTEND_POLL_BYTES ? limits->request_bytes : ATTEND_POLL_BYTES;
     if (reason == RING_DONE) {
+        *io_bytes += rq->bytes;
         rq->ring = ring;
         rq->ticket = s->ticket;
         return rq;
@@ -340,13 +344,10 @@ static unsigned poll_ring(struct attend *a, struct attend_ring *ring, const stru
         ring->head++;
         atomic_store_explicit(&ring->view.words->submit_head, ring->head, memory_order_release);
         atomic_fetch_add_explicit(&ring->n_open, 1, memory_order_relaxed);
-        rq = read_submission(a, ring, limits, &s);
+        rq = read_submission(a, ring, limits, &s, io_bytes);
         n++;
-        *io_bytes += 4096; /* a refusal is work too */
-        if (!rq)
-            continue;
-        *io_bytes += rq->bytes;
-        enqueue(a, rq);
+        if (rq)
+            enqueue(a, rq);
     }
     return n;
 }

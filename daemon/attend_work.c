@@ -16,13 +16,11 @@
 
 void attend_request_fail(struct attend_request *rq, enum ring_reason reason, uint64_t given, uint64_t allowed)
 {
-    uint32_t none = 0;
-
-    /* given and allowed are for attend_complete(), which comes after this by the lock that counts pieces. */
-    if (atomic_compare_exchange_strong_explicit(&rq->reason, &none, reason, memory_order_acq_rel, memory_order_relaxed)) {
-        rq->given = given;
-        rq->allowed = allowed;
-    }
+    if (atomic_exchange_explicit(&rq->failing, true, memory_order_relaxed))
+        return;
+    rq->given = given;
+    rq->allowed = allowed;
+    atomic_store_explicit(&rq->reason, reason, memory_order_release);
 }
 
 bool attend_request_over(struct attend_request *rq, uint64_t now_usec)
@@ -206,7 +204,8 @@ static void fail_piece(const struct attend_job *j, const struct attend_piece *p,
         attend_request_fail(run.rq, RING_MEMORY, bytes, 0);
 }
 
-uint64_t attend_piece_run(const struct attend *a, struct attend_job *j, const struct attend_piece *p, struct attend_scratch *scratch)
+uint64_t attend_piece_run(const struct attend *a, struct attend_job *j, const struct attend_piece *p, struct attend_scratch *scratch,
+                          bool *ret_skipped)
 {
     const struct attend_kind *k = &j->kind;
     uint32_t n_rows = p->row1 - p->row0;
@@ -214,7 +213,8 @@ uint64_t attend_piece_run(const struct attend *a, struct attend_job *j, const st
     struct numbers n;
 
     FAULT_POINT("attend-piece");
-    if (nobody_waits(j, p))
+    *ret_skipped = nobody_waits(j, p);
+    if (*ret_skipped)
         return 0;
     if (prepare(scratch, k, n_rows, p->block1 - p->block0, j->wants_mass, &n) < 0) {
         fail_piece(j, p, scratch->n_numbers * sizeof(float));
@@ -296,10 +296,10 @@ void attend_refuse(struct attend_ring *ring, uint64_t ticket, enum ring_reason r
     answer(ring, &c, NULL, NULL);
 }
 
-/* Share of all attention of the request that went to each block: the mean over the rows that saw anything. */
-static void write_mass(const struct attend_request *rq)
+/* Share of all attention of the request that went to each block: the mean over the rows that saw anything. It takes the place of the first
+ * row's sums, so that worker memory is not held while it is computed. */
+static void compute_mass(struct attend_request *rq)
 {
-    float *mass = (float *)(void *)(rq->at + rq->mass_off);
     uint32_t n = rq->kind.n_kv_heads * rq->n_rows, n_seen = 0;
 
     for (uint32_t r = 0; r < n; r++)
@@ -310,7 +310,7 @@ static void write_mass(const struct attend_request *rq)
         for (uint32_t r = 0; r < n; r++)
             if (isfinite(rq->lse[r]))
                 sum += exp((double)rq->block_lse[(size_t)r * rq->n_refs + b] - (double)rq->lse[r]);
-        mass[b] = n_seen ? (float)(sum / n_seen) : 0;
+        rq->block_lse[b] = n_seen ? (float)(sum / n_seen) : 0;
     }
 }
 
@@ -321,7 +321,7 @@ static void write_results(const struct attend_request *rq)
     memcpy(rq->at + rq->o_off, rq->o, n * rq->kind.params.dim_o * sizeof(float));
     memcpy(rq->at + rq->lse_off, rq->lse, n * sizeof(float));
     if (rq->block_lse)
-        write_mass(rq);
+        memcpy(rq->at + rq->mass_off, rq->block_lse, rq->n_refs * sizeof(float));
 }
 
 void attend_complete(struct attend_request *rq)
@@ -331,12 +331,16 @@ void attend_complete(struct attend_request *rq)
         .ticket = rq->ticket,
         .reason = atomic_load_explicit(&rq->reason, memory_order_acquire),
         .n_together = rq->n_together ? rq->n_together : 1,
-        .given = rq->given,
-        .allowed = rq->allowed,
         .waited_usec = (uint32_t)(begun - rq->taken_usec),
         .took_usec = (uint32_t)(now - begun),
     };
 
+    if (c.reason != RING_DONE) {
+        c.given = rq->given;
+        c.allowed = rq->allowed;
+    } else if (rq->block_lse) {
+        compute_mass(rq);
+    }
     FAULT_POINT("attend-complete");
     PROBE3(attend_completion, rq->ticket, c.reason, c.took_usec);
     answer(rq->ring, &c, c.reason == RING_DONE ? write_results : NULL, rq);

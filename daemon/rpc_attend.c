@@ -59,8 +59,9 @@ static bool sizes_good(struct rpc_call *c, struct attention *a)
     else if (m->n_tokens == 0 || m->q.len != q_bytes)
         rpc_fail(c, ERROR_LAYOUT, "n_tokens * n_heads * dim_k numbers", "q has %zu bytes, and %" PRIu32 " tokens of %" PRIu32
                  " heads of %" PRIu32 " numbers are %" PRIu64, m->q.len, m->n_tokens, m->n_heads, layer->dim_k, q_bytes);
-    else if (layer->dim_v ? m->dim_o != 0 : m->dim_o < 1 || m->dim_o > layer->dim_k)
-        rpc_fail(c, ERROR_LAYOUT, layer->dim_v ? "0 for a layer that has V" : "1 to the layer's dim_k", "dim_o is %" PRIu32, m->dim_o);
+    else if (layer->dim_v ? m->dim_o != 0 : m->dim_o == 0 || m->dim_o % 16 != 0 || m->dim_o > layer->dim_k)
+        rpc_fail(c, ERROR_LAYOUT, layer->dim_v ? "0 for a layer that has V" : "multiples of 16 up to the layer's dim_k",
+                 "dim_o is %" PRIu32, m->dim_o);
     else if (values * (a->dim_o + 1) * sizeof(float) + (m->mass ? (a->end - a->first) * sizeof(float) : 0) + 64 > most)
         rpc_fail(c, ERROR_LIMIT, "fewer query tokens, or a greater grpc_message_bytes", "the reply would be above %" PRIu64 " bytes", most);
     else if (m->n_position && m->n_position != m->n_tokens)

@@ -92,6 +92,8 @@ static int prefixes_grow(struct rpc_conn *conn)
 
 struct match {
     struct rpc_work work;
+    struct daemon *daemon;
+    struct tenant *tenant;         /* referenced: it keeps the space while a helper looks at it */
     struct space *space;
     struct key_hasher *hasher;
     size_t n;                      /* whole blocks of the sequence */
@@ -105,6 +107,7 @@ static void match_end(struct rpc_work *work)
     struct match *m = (struct match *)work;
 
     key_hasher_destroy(m->hasher);
+    tenant_unref(m->daemon, m->tenant);
     free(m);
 }
 
@@ -268,7 +271,8 @@ void rpc_match(struct rpc_call *c)
         rpc_fail(c, ERROR_FULL, "", "the daemon has no memory for this match");
         return;
     }
-    *m = (struct match){.work = {.next = match_next, .end = match_end}, .space = open->space, .n = n};
+    *m = (struct match){.work = {.next = match_next, .end = match_end}, .daemon = s->daemon, .tenant = tenant_ref(s->tenant),
+                        .space = open->space, .n = n};
     rpc_work_begin(c, &m->work);
     if (open->space->digest_bytes) {
         take_digests(m, rq);

@@ -19,7 +19,7 @@ struct upload {
     struct rpc_work work;
     struct arena arena;        /* holds publish; the call's own is emptied with each message */
     Kvd__V1__Publish *publish;
-    struct session *session;   /* whose staging_bytes it is counted in; gone with it */
+    struct rpc_conn *conn;     /* whose session's staging_bytes it is counted in, if there is one any more */
     struct staging *staging;   /* NULL: the session has it */
     uint8_t *data;
     uint64_t bytes, filled;    /* said, and come so far */
@@ -30,7 +30,8 @@ static void upload_end(struct rpc_work *work)
     struct upload *u = (struct upload *)work;
 
     if (u->staging) {
-        u->session->staging_bytes -= u->staging->bytes;
+        if (u->conn->session)
+            u->conn->session->staging_bytes -= u->staging->bytes;
         staging_unref(u->staging);
     }
     arena_deinit(&u->arena);
@@ -157,7 +158,7 @@ void rpc_publish(struct rpc_call *c)
     }
     s->staging_bytes += u->staging->bytes;
     u->work = (struct rpc_work){.next = upload_next, .end = upload_end};
-    u->session = s;
+    u->conn = c->conn;
     u->bytes = bytes;
     u->publish = m->publish;
     rpc_work_begin(c, &u->work);

@@ -51,7 +51,7 @@ static inline void ring_view_init(struct ring_view *v, void *at, uint32_t n)
     REASON(HEADS, 10, 2, "n_heads is %llu; allowed: a multiple of the layer's %llu KV heads, at most 4096")                        \
     REASON(TOKENS, 11, 2, "n_tokens is %llu; allowed: 1 to %llu")                                                                  \
     REASON(DTYPE, 12, 2, "dtype %llu of the queries is not known")                                                                 \
-    REASON(DIM, 13, 2, "dim_o is %llu; allowed for this layer: up to %llu")                                                        \
+    REASON(DIM, 13, 2, "dim_o is %llu; allowed for this layer: multiples of 16 up to %llu")                                                        \
     REASON(NUMBERS, 14, 2, "scale or softcap is not a finite number, or softcap is negative")                                      \
     REASON(REFS, 15, 7, "%llu blocks; allowed: %llu, option attend_blocks")                                                        \
     REASON(POSITION, 16, 2, "the blocks end at position %llu; allowed: up to %llu")                                                \

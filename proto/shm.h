@@ -249,7 +249,7 @@ struct shm_request {
     uint32_t space, layer;
     uint32_t n_heads, n_tokens, n_refs;
     uint32_t dtype;        /* of q: enum codec_dtype */
-    uint32_t dim_o;        /* the layer's dim_v; without one: 1 to dim_k */
+    uint32_t dim_o;        /* the layer's dim_v; without one: a multiple of 16 up to dim_k */
     uint32_t first_pos;    /* of the first token of refs[0] */
     uint32_t window;       /* tokens; 0: none */
     uint32_t sink_tokens;

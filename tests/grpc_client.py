@@ -592,6 +592,23 @@ def test_killed_client():
     c.close()
 
 
+def test_closed_while_uploading():
+    """Connections that end while helpers copy and hash for them."""
+    c = Client()
+    for i in range(30):
+        d = Client()
+        m = Model(d, "closed")
+        message = kvd.PublishRequest(publish=m.publish_message(tokens_of(m.block), [], 1), bytes=32 << 20, data=bytes(2 << 20))
+        call = d.cache.PublishStream.future(iter([message] + [kvd.PublishRequest(data=bytes(2 << 20))] * 15))
+        match = d.cache.Match.future(kvd.MatchRequest(space=m.opened.space, token=[i] * 100000))
+        time.sleep(rng.random() * 0.04)
+        d.close()
+        del call, match
+    until(lambda: gauge(c, "staging_bytes") == 0, "their memory goes")
+    until(lambda: gauge(c, "grpc_calls_now") == 1, "their calls end")
+    c.close()
+
+
 def main():
     if len(sys.argv) > 2:
         hold()

@@ -123,6 +123,10 @@ SUITES += tests/check_ring
 tests_check_ring_SOURCES = tests/check_ring.c tests/ring_fixture.h
 tests_check_ring_LDADD = $(KVD_DAEMON_LIBS) $(TEST_LIBS)
 
+SUITES += tests/check_ring_bounds
+tests_check_ring_bounds_SOURCES = tests/check_ring_bounds.c tests/ring_fixture.h
+tests_check_ring_bounds_LDADD = $(KVD_DAEMON_LIBS) $(TEST_LIBS)
+
 SUITES += tests/test_attend_daemon
 tests_test_attend_daemon_SOURCES = tests/test_attend_daemon.c tests/attend_fixture.h
 tests_test_attend_daemon_LDADD = $(KVD_TEST_LIBS) $(TEST_LIBS)
