@@ -304,6 +304,8 @@ static void submit(struct rpc_call *c)
     struct shm_request *at = rpc_region_at(&a->region);
 
     set_cancel_word(c, &at->cancelled);
+    if (atomic_load(&c->cancelled)) /* before there was a word */
+        atomic_store(&at->cancelled, 1);
     a->work.busy = true;
     if (rpc_region_submit(&a->region))
         return;

@@ -124,7 +124,7 @@ int rpc_batch_create(struct rpc_conn *conn, struct rpc_batch **ret)
 
     if (!b)
         return -ENOMEM;
-    *b = (struct rpc_batch){.n_refs = 1, .bytes = UINT64_C(8) * conn->rpc->message_bytes, .tell_fd = -1};
+    *b = (struct rpc_batch){.n_refs = 1, .bytes = (UINT64_C(8) * conn->rpc->message_bytes + 4095) / 4096 * 4096, .tell_fd = -1};
     if (b->bytes > d->options.attend_bytes / 4096 * 4096)
         b->bytes = d->options.attend_bytes / 4096 * 4096;
     r = make_ring(b, s);

@@ -636,14 +636,16 @@ END_TEST
 START_TEST(sleeps)
 {
     for (int i = 0; i < 20; i++) {
-        struct metrics m;
+        uint64_t before, tries = 0;
 
         expect(rb_request(&bed, &worker, 0, 2, 2, 0), RING_DONE);
-        while (atomic_load(cache_awake_word(bed.cache)))
-            usleep(100);
-        m = measure();
-        usleep(5000);
-        ck_assert_uint_eq(measure().attend_sleeps, m.attend_sleeps);
+        do { /* the bell of a request that was found without it may wake the thread once more */
+            while (atomic_load(cache_awake_word(bed.cache)))
+                usleep(100);
+            before = measure().attend_sleeps;
+            usleep(5000);
+            ck_assert_uint_lt(tries++, 5);
+        } while (measure().attend_sleeps != before);
     }
 }
 END_TEST
