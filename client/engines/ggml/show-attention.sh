@@ -63,6 +63,12 @@ worker()
         die "the worker \"$name\" failed: $(cat "$work/$name.log")"
 }
 
+# counter NAME: of the daemon's.
+counter()
+{
+    "$build/kvctl" --socket="$work/kvd.sock" stats | awk -v name="kvd_$1_total" '$1 == name {print $2}'
+}
+
 show "A prefix of $prefix_tokens tokens, computed by kvd-llama; kvd-ggml goes on from it. gemma-3-270m in F32 on $(nproc) cores."
 show "    kvd-ggml's graph: $(cat "$work/graph")"
 "$build/llama/kvd-llama" "${shared[@]}" --question "${questions[0]}" --n-predict 1 --json >"$work/cold.json" || die "kvd-llama failed"
@@ -92,6 +98,7 @@ show "Eight processes at once over this prefix, by the daemon; one of them is ki
 for question in 0 1 2 3; do
     worker "alone$question" "$question" --attend plain --n-predict "$group_steps"
 done
+read -ra before <<<"$(counter attend_batches) $(counter attend_batched) $(counter attend_read_bytes) $(counter attend_needed_bytes)"
 "$build/ggml/kvd-ggml" "${shared[@]}" --question "${questions[3]}" --attend daemon --threads 1 --n-predict 2000 >"$work/victim" &
 victim=$!
 begun=$EPOCHREALTIME
@@ -123,6 +130,10 @@ for i in 0 1 2 3 4 5 6; do
 done
 expect "others that said what a worker alone says, attending to the decoded blocks" "$n_same" 7
 expect "requests that the daemon failed at" "$fallbacks" 0
+batches=$(($(counter attend_batches) - before[0]))
+batched=$(($(counter attend_batched) - before[1]))
+read_part=$(calc "($(counter attend_read_bytes) - ${before[2]}) / max(1, $(counter attend_needed_bytes) - ${before[3]})" .3f)
+show "    $batched requests were computed in $batches passes, which read $read_part of the bytes that they would have read one by one"
 show "    the seven generated $((7 * group_steps)) tokens in $(calc "$group_sec" .1f) s"
 show ""
 
@@ -148,6 +159,8 @@ if [[ $want_json == yes ]]; then
     printf '"plain_ttft_ms":%s,"daemon_ttft_ms":%s,"tokens_equal":%s,"kl_mean":%s,"kl_max":%s,"kl_parted":%s,' "$(of plain ttft_ms)" \
         "$(of daemon ttft_ms)" "$([[ $(of plain tokens) == "$(of daemon tokens)" ]] && echo true || echo false)" \
         "$(of compare_daemon kl_mean)" "$(of compare_daemon kl_max)" "$(of compare_daemon kl_parted)"
-    printf '"group_processes":8,"group_killed":1,"group_same":%d,"group_sec":%s,"wrong":%d}\n' "$n_same" "$group_sec" "$n_wrong"
+    printf '"group_processes":8,"group_killed":1,"group_same":%d,"group_sec":%s,"group_requests":%d,"group_passes":%d,' \
+        "$n_same" "$group_sec" "$batched" "$batches"
+    printf '"group_read_part":%s,"wrong":%d}\n' "$read_part" "$n_wrong"
 fi
 ((n_wrong == 0))
