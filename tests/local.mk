@@ -211,7 +211,7 @@ if GRPC
 FUZZ_TARGETS += tests/fuzz/fuzz_grpc
 tests_fuzz_fuzz_grpc_SOURCES = tests/fuzz/fuzz_grpc.c
 tests_fuzz_fuzz_grpc_LDADD = $(KVD_DAEMON_LIBS) $(FUZZ_LIBS)
-tests_fuzz_fuzz_grpc_LDFLAGS = $(FUZZ_LINK) $(KVD_FAULT_WRAP)
+tests_fuzz_fuzz_grpc_LDFLAGS = $(FUZZ_LINK) -Wl,--wrap=jobs_submit
 endif
 EXTRA_DIST += tests/fuzz/corpus/grpc
 
