@@ -221,6 +221,11 @@ struct attend {
 
 uint64_t attend_now_usec(void);
 
+/* ---- attend.c ---- */
+
+/* Polls, and computes a piece if there is one. False: there was none. Any thread, each with a scratch of its own. */
+bool attend_turn(struct attend *attend, struct attend_scratch *scratch);
+
 /* ---- attend_take.c ---- */
 
 /* Reads and checks a request of `room` bytes at `at` in worker memory, copying every word once. On success *ret is the caller's, without

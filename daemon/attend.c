@@ -348,49 +348,76 @@ static void watch(struct attend *a, uint64_t usec)
     pthread_mutex_unlock(&a->lock);
 }
 
+bool attend_turn(struct attend *a, struct attend_scratch *scratch)
+{
+    struct attend_piece piece;
+    struct attend_job *job;
+
+    if (!atomic_load_explicit(&a->knocks, memory_order_relaxed) && pthread_mutex_trylock(&a->rings_lock) == 0) {
+        attend_poll(a);
+        pthread_mutex_unlock(&a->rings_lock);
+    }
+    pthread_mutex_lock(&a->lock);
+    job = take_piece(a, &piece);
+    if (job)
+        run_piece(a, job, &piece, scratch);
+    pthread_mutex_unlock(&a->lock);
+    return job != NULL;
+}
+
+/* Where another thread watches: looks at the rings once, for the watcher may have seen one that was full until this thread had counted
+ * what it answered; then waits for pieces. */
+static void wait_for_pieces(struct attend *a)
+{
+    unsigned n;
+
+    lock_rings(a); /* until whoever had them is done, so that the look does not fail for the same reason */
+    n = attend_poll(a);
+    pthread_mutex_unlock(&a->rings_lock);
+    if (n)
+        return;
+    pthread_mutex_lock(&a->lock);
+    if (a->watched && !a->stopping && !attend_queue_tenant(a)) {
+        a->n_idle++;
+        pthread_cond_wait(&a->work, &a->lock);
+        a->n_idle--;
+    }
+    pthread_mutex_unlock(&a->lock);
+}
+
+/* Nothing was to be done: watches, or waits for pieces. False: it is the end. */
+static bool rest(struct attend *a)
+{
+    bool stopping, watches;
+    uint64_t usec;
+
+    pthread_mutex_lock(&a->lock);
+    stopping = a->stopping;
+    watches = !stopping && !a->watched;
+    a->watched |= watches;
+    usec = watches ? spin_usec(a) : 0;
+    pthread_mutex_unlock(&a->lock);
+    if (watches) {
+        watch(a, usec);
+        pthread_mutex_lock(&a->lock);
+        a->watched = false;
+        pthread_mutex_unlock(&a->lock);
+    } else if (!stopping) {
+        wait_for_pieces(a);
+    }
+    return !stopping;
+}
+
 static void *attend_thread(void *ctx)
 {
     struct attend *a = ctx;
     struct attend_scratch scratch = {0};
 
     pthread_setname_np(pthread_self(), "kvd-attend");
-    for (;;) {
-        struct attend_piece piece;
-        struct attend_job *job;
-        bool looked = false; /* and nothing was there */
-
-        if (!atomic_load_explicit(&a->knocks, memory_order_relaxed) && pthread_mutex_trylock(&a->rings_lock) == 0) {
-            looked = attend_poll(a) == 0;
-            pthread_mutex_unlock(&a->rings_lock);
-        }
-        pthread_mutex_lock(&a->lock);
-        job = take_piece(a, &piece);
-        if (job) {
-            run_piece(a, job, &piece, &scratch);
-        } else if (a->stopping) {
-            pthread_mutex_unlock(&a->lock);
-            break;
-        } else if (!a->watched) {
-            uint64_t usec = spin_usec(a);
-
-            a->watched = true;
-            pthread_mutex_unlock(&a->lock);
-            watch(a, usec);
-            pthread_mutex_lock(&a->lock);
-            a->watched = false;
-        } else if (!looked) {
-            pthread_mutex_unlock(&a->lock);
-            lock_rings(a); /* until whoever had them is done, so that the next try does not fail for the same reason */
-            attend_poll(a);
-            pthread_mutex_unlock(&a->rings_lock);
-            continue;
-        } else {
-            a->n_idle++;
-            pthread_cond_wait(&a->work, &a->lock);
-            a->n_idle--;
-        }
-        pthread_mutex_unlock(&a->lock);
-    }
+    do
+        while (attend_turn(a, &scratch))
+            ;
+    while (rest(a));
     attend_scratch_deinit(&scratch);
     return NULL;
 }
@@ -430,7 +457,7 @@ int attend_create(const struct attend_config *config, struct attend **ret)
     pthread_cond_init(&a->work, NULL);
     pthread_cond_init(&a->job_ended, NULL);
     attend_set_limits(a, &config->limits);
-    a->threads = calloc(config->n_threads, sizeof(*a->threads));
+    a->threads = calloc(config->n_threads ? config->n_threads : 1, sizeof(*a->threads));
     a->buckets = calloc(ATTEND_BUCKETS, sizeof(*a->buckets));
     if (a->threads && a->buckets && getrandom(&a->hash_seed, sizeof(a->hash_seed), 0) == sizeof(a->hash_seed)) {
         a->epoll_fd = epoll_create1(EPOLL_CLOEXEC);

@@ -38,7 +38,7 @@ struct attend_limits {
     uint32_t n_blocks;      /* of one request */
 };
 struct attend_config {
-    unsigned n_threads;     /* at least 1; they start with the first ring */
+    unsigned n_threads;     /* they start with the first ring; 0: attend_turn() does their work, in tests */
     unsigned n_cpus;        /* that this process may use */
     uint32_t n_words;       /* leases of one tenant's requests that are computed at the same time */
     const struct attn_ops *ops;

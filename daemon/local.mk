@@ -29,7 +29,7 @@ libkvddaemon_la_SOURCES += \
 
 if GRPC
 libkvddaemon_la_SOURCES += \
-	daemon/rpc.c daemon/rpc-internal.h daemon/rpc_arena.c daemon/rpc_arena.h daemon/rpc_attend.c daemon/rpc_batch.c daemon/rpc_batch.h daemon/rpc_cache.c daemon/rpc_call.c daemon/rpc_conn.c \
+	daemon/rpc.c daemon/rpc-internal.h daemon/rpc_arena.c daemon/rpc_arena.h daemon/rpc_attend.c daemon/rpc_batch.c daemon/rpc_batch.h daemon/rpc_cache.c daemon/rpc_call.c \
 	daemon/rpc_health.c daemon/rpc_load.c daemon/rpc_loop.c daemon/rpc_methods.c daemon/rpc_publish.c daemon/rpc_reflect.c
 endif
 

@@ -197,23 +197,13 @@ struct rpc {
 bool rpc_send_to_loop(struct rpc *rpc, struct rpc_post *post);
 void rpc_send_to_rpc(struct rpc *rpc, struct rpc_post *post);
 
-/* ---- rpc_conn.c: rpc thread ---- */
+/* ---- rpc_call.c: rpc thread ---- */
 
 void *rpc_thread(void *rpc);
 /* Posts in the rpc thread. */
 void rpc_conn_open(struct rpc_post *post);
 void rpc_conn_close(struct rpc_post *post);
 void rpc_stop(struct rpc_post *post);
-/* A call of it has ended. */
-void rpc_conn_maybe_gone(struct rpc_conn *conn);
-
-/* ---- rpc_call.c: rpc thread ---- */
-
-/* One more call may come. */
-void rpc_call_post(struct rpc_conn *conn);
-/* Ends who has been waited for too long. Returns when to look again, UINT64_MAX: nobody is waited for. */
-uint64_t rpc_slow_expire(struct rpc *rpc);
-/* A post in the rpc thread: the loop gives a call back. */
 void rpc_call_answered(struct rpc_post *post);
 /* For local handlers. message may be NULL: empty. more: a stream goes on. */
 void rpc_local_answer(struct rpc_call *call, const ProtobufCMessage *message, bool more);

@@ -1,4 +1,4 @@
-/* The rpc thread: calls.
+/* The rpc thread: the completion queue, connections and calls.
  *
  *   grpc_server_request_call ---> accepted ---> a message ---> handed over (away) ---> answered: another message, or the status
  *                                    |              ^                                     |
@@ -9,16 +9,20 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include <grpc/byte_buffer.h>
 #include <grpc/byte_buffer_reader.h>
+#include <grpc/grpc_posix.h>
+#include <grpc/grpc_security.h>
 #include <grpc/slice.h>
 
 #include "daemon/probes.h"
 #include "daemon/rpc-internal.h"
 #include "proto/kvd.pb-c.h"
 
-enum { SMALL_BODY = 64 << 10 };
+/* Calls that are asked for ahead: so many can begin between two turns of this thread without waiting in the library. */
+enum { POSTED = 4, SMALL_BODY = 64 << 10 };
 
 #define OF(type, member, p) ((type *)((char *)(p) - offsetof(type, member)))
 
@@ -64,7 +68,7 @@ static void slow_remove(struct rpc_call *c)
 }
 
 /* Ends who has been waited for too long. Returns when to look again, UINT64_MAX: nobody is waited for. */
-uint64_t rpc_slow_expire(struct rpc *rpc)
+static uint64_t slow_expire(struct rpc *rpc)
 {
     uint64_t limit = atomic_load_explicit(&rpc->slow_limit_usec, memory_order_relaxed), now = rpc->slow ? daemon_now_usec() : 0;
 
@@ -100,6 +104,22 @@ static void call_free(struct rpc_call *c)
     c->call = NULL;
 }
 
+static void conn_maybe_gone(struct rpc_conn *conn)
+{
+    struct rpc *rpc = conn->rpc;
+
+    if (!conn->shut || conn->n_calls || conn->n_posted)
+        return;
+    grpc_server_destroy(conn->server);
+    conn->server = NULL;
+    *conn->at = conn->next;
+    if (conn->next)
+        conn->next->at = conn->at;
+    rpc_send_to_loop(rpc, &conn->gone_post); /* refused: rpc_destroy() finds it */
+    if (rpc->ending && !rpc->conns)
+        grpc_completion_queue_shutdown(rpc->cq);
+}
+
 static void call_maybe_end(struct rpc_call *c)
 {
     struct rpc_conn *conn = c->conn;
@@ -120,7 +140,7 @@ static void call_maybe_end(struct rpc_call *c)
     c->post.arrive = rpc_call_arrived;
     if (!c->has_work || !rpc_send_to_loop(rpc, &c->post))
         free(c);
-    rpc_conn_maybe_gone(conn);
+    conn_maybe_gone(conn);
 }
 
 static enum rpc_count count_of(grpc_status_code status)
@@ -466,6 +486,8 @@ void rpc_call_answered(struct rpc_post *post)
 
 /* ---- new calls ---- */
 
+static void call_post(struct rpc_conn *conn);
+
 /* CLOCK_MONOTONIC microseconds; the library's own clock may begin elsewhere. */
 static uint64_t deadline_of(const grpc_call_details *details)
 {
@@ -516,16 +538,16 @@ static void on_new(struct rpc_tag *tag, bool ok)
     if (!ok) { /* the server is shutting down */
         call_free(c);
         free(c);
-        rpc_conn_maybe_gone(conn);
+        conn_maybe_gone(conn);
         return;
     }
     conn->n_calls++;
-    rpc_call_post(conn);
+    call_post(conn);
     begin(c);
     call_maybe_end(c);
 }
 
-void rpc_call_post(struct rpc_conn *conn)
+static void call_post(struct rpc_conn *conn)
 {
     struct rpc_call *c;
 
@@ -549,4 +571,96 @@ void rpc_call_post(struct rpc_conn *conn)
         return;
     }
     conn->n_posted++;
+}
+
+/* ---- connections ---- */
+
+static grpc_server *make_server(struct rpc *rpc)
+{
+    grpc_arg args[] = {
+        {.type = GRPC_ARG_INTEGER, .key = (char *)GRPC_ARG_MAX_CONCURRENT_STREAMS, .value.integer = (int)rpc->conn_calls},
+        {.type = GRPC_ARG_INTEGER, .key = (char *)GRPC_ARG_MAX_RECEIVE_MESSAGE_LENGTH, .value.integer = (int)rpc->message_bytes},
+        /* A few bytes that are a great many when they are unpacked must not be. */
+        {.type = GRPC_ARG_INTEGER, .key = (char *)GRPC_ARG_ENABLE_PER_MESSAGE_DECOMPRESSION, .value.integer = 0},
+        {.type = GRPC_ARG_INTEGER, .key = (char *)GRPC_ARG_ENABLE_PER_MESSAGE_COMPRESSION, .value.integer = 0},
+        {.type = GRPC_ARG_INTEGER, .key = (char *)GRPC_COMPRESSION_CHANNEL_ENABLED_ALGORITHMS_BITSET, .value.integer = 1},
+        {.type = GRPC_ARG_INTEGER, .key = (char *)GRPC_ARG_ENABLE_CHANNELZ, .value.integer = 0},
+        {.type = GRPC_ARG_INTEGER, .key = (char *)GRPC_ARG_HTTP2_BDP_PROBE, .value.integer = 0},
+        {.type = GRPC_ARG_POINTER, .key = (char *)GRPC_ARG_RESOURCE_QUOTA,
+         .value.pointer = {.p = rpc->quota, .vtable = grpc_resource_quota_arg_vtable()}},
+    };
+    grpc_channel_args all = {.num_args = sizeof(args) / sizeof(args[0]), .args = args};
+
+    return grpc_server_create(&all, NULL);
+}
+
+static void on_shutdown(struct rpc_tag *tag, bool ok)
+{
+    struct rpc_conn *conn = OF(struct rpc_conn, shutdown_tag, tag);
+
+    (void)ok;
+    conn->shut = true;
+    conn_maybe_gone(conn);
+}
+
+void rpc_conn_open(struct rpc_post *post)
+{
+    struct rpc_conn *conn = OF(struct rpc_conn, open_post, post);
+    struct rpc *rpc = conn->rpc;
+
+    conn->shutdown_tag.done = on_shutdown;
+    conn->next = rpc->conns;
+    conn->at = &rpc->conns;
+    if (conn->next)
+        conn->next->at = &conn->next;
+    rpc->conns = conn;
+    conn->server = make_server(rpc);
+    grpc_server_register_completion_queue(conn->server, rpc->cq, NULL);
+    grpc_server_start(conn->server);
+    for (int i = 0; i < POSTED; i++)
+        call_post(conn);
+    grpc_server_add_channel_from_fd(conn->server, conn->fd, rpc->credentials);
+    conn->fd = -1;
+}
+
+void rpc_conn_close(struct rpc_post *post)
+{
+    struct rpc_conn *conn = OF(struct rpc_conn, close_post, post);
+
+    conn->closing = true;
+    grpc_server_shutdown_and_notify(conn->server, conn->rpc->cq, &conn->shutdown_tag);
+    grpc_server_cancel_all_calls(conn->server);
+}
+
+/* All sessions are gone, so every connection has been told to close. */
+void rpc_stop(struct rpc_post *post)
+{
+    struct rpc *rpc = OF(struct rpc, stop_post, post);
+
+    rpc->ending = true;
+    if (!rpc->conns)
+        grpc_completion_queue_shutdown(rpc->cq);
+}
+
+/* ---- the thread ---- */
+
+void *rpc_thread(void *ctx)
+{
+    struct rpc *rpc = ctx;
+
+    pthread_setname_np(pthread_self(), "kvd-grpc");
+    for (;;) {
+        uint64_t wake = slow_expire(rpc), now = wake == UINT64_MAX ? 0 : daemon_now_usec();
+        gpr_timespec until = gpr_inf_future(GPR_CLOCK_MONOTONIC);
+        grpc_event event;
+
+        if (wake != UINT64_MAX)
+            until = gpr_time_add(gpr_now(GPR_CLOCK_MONOTONIC),
+                                 gpr_time_from_micros(wake > now ? (int64_t)(wake - now) : 0, GPR_TIMESPAN));
+        event = grpc_completion_queue_next(rpc->cq, until, NULL);
+        if (event.type == GRPC_QUEUE_SHUTDOWN)
+            return NULL;
+        if (event.type == GRPC_OP_COMPLETE)
+            ((struct rpc_tag *)event.tag)->done(event.tag, event.success);
+    }
 }
