@@ -142,23 +142,11 @@ static int chunk_add(struct life *life, struct attend_ring *ring, struct chunk *
     return r;
 }
 
-/* One chunk more, for a request of bytes. */
-static int grow(struct life *life, struct attend_ring *ring, uint64_t bytes)
+static int add_chunk(struct life *life, struct attend_ring *ring, uint64_t size)
 {
-    uint64_t size = CHUNK_BYTES << (ring->n_chunks < 8 ? ring->n_chunks : 8), least = (bytes + 65535) / 65536 * 65536;
     struct chunk c;
-    int fd = -1, r;
+    int fd = -1, r = chunk_make(life->cookie, size, ring->view.n, &c, &fd);
 
-    if (size < least)
-        size = least;
-    if (ring->n_chunks && size > ring->memory_max_bytes - ring->memory_bytes)
-        size = least;
-    if (ring->n_chunks == CHUNKS_MAX || (ring->n_chunks && size > ring->memory_max_bytes - ring->memory_bytes))
-        return error_set(life->cookie, KVD_E_LIMIT,
-                         "a request for attention of %llu bytes finds no place: %llu are in use; allowed: %llu, option attend_bytes",
-                         (unsigned long long)bytes, (unsigned long long)ring->memory_bytes,
-                         (unsigned long long)ring->memory_max_bytes);
-    r = chunk_make(life->cookie, size, ring->view.n, &c, &fd);
     if (r != 0)
         return r;
     r = chunk_add(life, ring, &c, fd);
@@ -172,6 +160,27 @@ static int grow(struct life *life, struct attend_ring *ring, uint64_t bytes)
     ring->memory_bytes += size;
     pthread_mutex_unlock(&ring->lock);
     return 0;
+}
+
+/* One chunk more, for a request of bytes: larger than that takes, unless the daemon allows no more. */
+static int grow(struct life *life, struct attend_ring *ring, uint64_t bytes)
+{
+    uint64_t size = CHUNK_BYTES << (ring->n_chunks < 8 ? ring->n_chunks : 8), least = (bytes + 65535) / 65536 * 65536;
+    uint64_t room = ring->memory_max_bytes > ring->memory_bytes ? ring->memory_max_bytes - ring->memory_bytes : 0;
+    int r;
+
+    if (ring->n_chunks == 0) { /* how much that is, is not known yet */
+        r = size > least ? add_chunk(life, ring, size) : KVD_E_LIMIT;
+        return r == KVD_E_LIMIT ? add_chunk(life, ring, least) : r;
+    }
+    if (size < least || size > room)
+        size = least;
+    if (ring->n_chunks == CHUNKS_MAX || size > room)
+        return error_set(life->cookie, KVD_E_LIMIT,
+                         "a request for attention of %llu bytes finds no place: %llu are in use; allowed: %llu, option attend_bytes",
+                         (unsigned long long)bytes, (unsigned long long)ring->memory_bytes,
+                         (unsigned long long)ring->memory_max_bytes);
+    return add_chunk(life, ring, size);
 }
 
 /* First fit. By lock. */
