@@ -211,7 +211,7 @@ if GRPC
 FUZZ_TARGETS += tests/fuzz/fuzz_grpc
 tests_fuzz_fuzz_grpc_SOURCES = tests/fuzz/fuzz_grpc.c
 tests_fuzz_fuzz_grpc_LDADD = $(KVD_DAEMON_LIBS) $(FUZZ_LIBS)
-tests_fuzz_fuzz_grpc_LDFLAGS = $(FUZZ_LINK) -Wl,--wrap=jobs_submit
+tests_fuzz_fuzz_grpc_LDFLAGS = $(FUZZ_LINK) $(KVD_FAULT_WRAP)
 endif
 EXTRA_DIST += tests/fuzz/corpus/grpc
 
@@ -220,6 +220,12 @@ tests_fuzz_fuzz_page_SOURCES = tests/fuzz/fuzz_page.c
 tests_fuzz_fuzz_page_LDADD = $(KVD_STORE_LIBS) $(FUZZ_LIBS)
 tests_fuzz_fuzz_page_LDFLAGS = $(FUZZ_LINK)
 EXTRA_DIST += tests/fuzz/corpus/page
+
+FUZZ_TARGETS += tests/fuzz/fuzz_ring
+tests_fuzz_fuzz_ring_SOURCES = tests/fuzz/fuzz_ring.c tests/ring_fixture.h
+tests_fuzz_fuzz_ring_LDADD = $(KVD_DAEMON_LIBS) $(FUZZ_LIBS)
+tests_fuzz_fuzz_ring_LDFLAGS = $(FUZZ_LINK)
+EXTRA_DIST += tests/fuzz/corpus/ring
 
 FUZZ_TARGETS += tests/fuzz/fuzz_frames
 tests_fuzz_fuzz_frames_SOURCES = tests/fuzz/fuzz_frames.c

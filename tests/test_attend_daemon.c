@@ -187,8 +187,6 @@ START_TEST(under_eviction)
 
     at_setup(&bed, "under_eviction", "host_bytes = 8M");
     at_setup_space(&bed, &shapes[0], BLOCKS);
-    for (int i = 0; i < 3; i++)
-        pids[i] = start_asker(test_random(&bed.random), 100);
     publisher = test_fork();
     if (publisher == 0) {
         struct at_bed b = bed;
@@ -203,11 +201,14 @@ START_TEST(under_eviction)
             at_publish(&b, b.prefix, tokens, 20);
         }
     }
+    while (harness_stat(&bed.h, "kvd_tenant_evicted_total", NULL) == 0)
+        test_sleep_usec(1000);
+    for (int i = 0; i < 3; i++)
+        pids[i] = start_asker(test_random(&bed.random), 100);
     for (int i = 0; i < 3; i++)
         ck_assert_int_eq(exit_of(pids[i]), 0);
     kill(publisher, SIGKILL);
     ck_assert_int_eq(exit_of(publisher), SIGKILL);
-    ck_assert_uint_gt(harness_stat(&bed.h, "kvd_tenant_evicted_total", NULL), 0);
     at_teardown_space(&bed);
     at_teardown(&bed);
 }
@@ -351,7 +352,7 @@ START_TEST(memory_limits)
     uint64_t tickets[64];
     int n = 0, r = KVD_OK;
 
-    at_setup(&bed, "memory_limits", "attend_bytes = 4M\nattend_request_bytes = 300K");
+    at_setup(&bed, "memory_limits", "attend_bytes = 1M\nattend_request_bytes = 300K");
     at_setup_space(&bed, &shapes[0], BLOCKS);
     at_call_init(&c[0], &bed, 40, KVD_F16);
     ck_assert_int_eq(kvd_attend_submit(bed.prefix, &c[0].a, 0, &tickets[0]), KVD_E_LIMIT);

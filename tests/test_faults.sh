@@ -49,14 +49,14 @@ stop()
 # What a worker does in its life; errors are answers too.
 work()
 {
-    printf '%s\n' 'open 0 raw 8' 'match 0 1 64' 'flight 0 0 4' 'publish 0 0 4 0' 'match 0 1 64' 'load 0 verify' \
+    printf '%s\n' 'open 0 raw 8' 'match 0 1 64' 'flight 0 0 4' 'publish 0 0 4 0' 'match 0 1 64' 'load 0 verify' 'attend 0' \
         'open 1 quant 8' 'match 1 1 64' 'publish 1 0 4 0' 'release 0' |
         KVD_WORKER_TIMEOUT=2000 timeout 60 "$build/tests/worker" script "$socket" > "$dir/said" 2>&1
 }
 
 served()
 {
-    [ "$(grep -c '^ok 4 0 0' "$dir/said")" -ge 1 ] && ! grep -q '^error' "$dir/said"
+    [ "$(grep -c '^ok 4 0 0' "$dir/said")" -ge 1 ] && grep -qx 'ok 4 0' "$dir/said" && ! grep -q '^error' "$dir/said"
 }
 
 # $fault happens once; whatever it does to the one who meets it, the next one is served.
@@ -82,7 +82,7 @@ survives()
     [ $status -eq 0 ] || fail "ended with status $status"
 }
 
-for fault in malloc calloc realloc memfd_create fallocate mmap sendmsg job-submit; do
+for fault in malloc calloc realloc memfd_create fallocate mmap sendmsg job-submit attend-thread attend-queue attend-lease; do
     name=$fault
     case $name in
     malloc) numbers="$(seq 1 25) $(seq 28 5 120)" ;;
@@ -98,7 +98,8 @@ for fault in malloc calloc realloc memfd_create fallocate mmap sendmsg job-submi
 done
 
 # Killed at an instruction: the place is taken over at once, and the cache works again.
-for point in publish-after-reserve publish-after-submit publish-before-commit publish-after-commit publish-before-reply; do
+for point in publish-after-reserve publish-after-submit publish-before-commit publish-after-commit publish-before-reply \
+    attend-piece attend-complete; do
     for n in 1 2; do
         fault=$point:$n
         start || fail 'did not start'

@@ -68,35 +68,6 @@ wait "$daemon" || status=$?
 daemon=
 [ "$status" = 0 ] || fail "the daemon ended with $status"
 [ ! -e "$work/grpc.sock" ] || fail "the socket is still there"
-# Both sockets passed by a service manager: found by kind and name, used as they are, and left there.
-cat >"$work/activate.py" <<'END'
-import fcntl
-import os
-import socket
-import sys
-
-for fd, kind, path in ((3, socket.SOCK_SEQPACKET, sys.argv[1]), (4, socket.SOCK_STREAM, sys.argv[2])):
-    s = socket.socket(socket.AF_UNIX, kind)
-    s.bind(path)
-    s.listen()
-    os.dup2(fcntl.fcntl(s.detach(), fcntl.F_DUPFD, 10), fd)
-os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS="2", LISTEN_FDNAMES="attach:grpc")
-os.execv(sys.argv[3], sys.argv[3:])
-END
-"$python" "$work/activate.py" "$work/kvd.sock" "$work/grpc.sock" "$KVD_BUILDDIR/kvd" --config /dev/null --host-bytes 16M --slab-bytes 2M \
-    --index-entries 256 >"$work/log" 2>&1 &
-daemon=$!
-until grep -q 'kvd: ready' "$work/log"; do
-    kill -0 "$daemon" || fail "the daemon did not start from passed sockets"
-    sleep 0.02
-done
-said=$(PYTHONPATH=$work/stubs "$python" "$work/example.py") || fail "the example, by a passed socket"
-kill "$daemon"
-wait "$daemon" || fail "the daemon ended with $?"
-daemon=
-[ -S "$work/grpc.sock" ] || fail "it took away a socket that is not its own"
-rm -f "$work/kvd.sock" "$work/grpc.sock"
-
 # A helper thread that cannot be had fails its call alone, and the connection goes on.
 if grep -q 'define KVD_FAULT_POINTS 1' "$KVD_BUILDDIR/config.h"; then
     KVD_FAULT=grpc-job:2 "$KVD_BUILDDIR/kvd" --config /dev/null --socket "$work/kvd.sock" --grpc-socket "$work/grpc.sock" \

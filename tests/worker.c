@@ -9,6 +9,7 @@
  *   match N PROMPT N_TOKENS [B TEXT]  ok MATCHED_TOKENS                   TEXT: extra of block B
  *   load N [verify]                   ok BLOCKS WRONG SKIPPED             blocks compared, wrong elements, (block, group) not held
  *   layers N                          ok BLOCKS WRONG SKIPPED             the same by kvd_load_begin, two threads
+ *   attend N                          ok BLOCKS WRONG                     attention by the daemon, compared with that by the library
  *   publish N FIRST COUNT GROUPS      ok PUBLISHED PRESENT FAILED         a failed one: error NUMBER message
  *   spoil N FIRST COUNT               as publish, with a NaN in it
  *   trim N BLOCKS, release N          ok BLOCKS
@@ -264,6 +265,53 @@ static void do_load(struct script *s, struct place *p, bool layers, const char *
         printf("ok %zu %zu %zu\n", c.n_blocks, c.n_wrong, c.n_skipped);
 }
 
+/* Attention of one query over all that is matched, in layer 0, by the daemon and here. */
+static int place_attend(struct place *p, size_t *ret_wrong)
+{
+    enum { HEADS_MAX = 16, DIM_MAX = 1024 };
+    static float q[HEADS_MAX * DIM_MAX], o[2][HEADS_MAX * DIM_MAX], lse[2][HEADS_MAX];
+    const struct kvd_layer *layer = &p->world.layers[0];
+    struct kvd_attention a = KVD_ATTENTION_INIT;
+    uint64_t ticket;
+    int r;
+
+    a.n_heads = layer->n_kv_heads;
+    a.n_tokens = 1;
+    a.q = q;
+    a.first_position = (uint32_t)(kvd_prefix_blocks(p->prefix) * p->world.desc.block_tokens);
+    a.scale = 0.125f;
+    a.n_blocks = kvd_prefix_blocks(p->prefix);
+    a.dim_o = layer->dim_v ? 0 : layer->dim_k;
+    if (a.n_heads > HEADS_MAX)
+        return KVD_E_ARG;
+    for (size_t i = 0; i < HEADS_MAX * DIM_MAX; i++)
+        q[i] = (float)(i % 17) / 17 - 0.5f;
+    a.o = o[0];
+    a.lse = lse[0];
+    r = kvd_attend_submit(p->prefix, &a, 0, &ticket);
+    if (r == KVD_OK)
+        r = kvd_attend_collect(p->prefix, ticket, 5000);
+    a.o = o[1];
+    a.lse = lse[1];
+    if (r == KVD_OK)
+        r = kvd_attend(p->prefix, &a, KVD_ATTEND_LOCAL);
+    *ret_wrong = 0;
+    for (size_t i = 0; r == KVD_OK && i < (size_t)a.n_heads * (layer->dim_v ? layer->dim_v : layer->dim_k); i++)
+        *ret_wrong += !(o[0][i] - o[1][i] < 0.01f && o[1][i] - o[0][i] < 0.01f);
+    return r;
+}
+
+static void do_attend(struct script *s, struct place *p)
+{
+    size_t n_wrong;
+    int r = place_attend(p, &n_wrong);
+
+    if (r)
+        say_error(s, r);
+    else
+        printf("ok %zu %zu\n", kvd_prefix_blocks(p->prefix), n_wrong);
+}
+
 static void do_publish(struct script *s, struct place *p, bool spoil, const char *args)
 {
     size_t first = 0, n = 0, counts[3];
@@ -360,6 +408,8 @@ static void do_place(struct script *s, const char *verb, struct place *p, const 
         do_match(s, p, args);
     else if (strcmp(verb, "load") == 0 || strcmp(verb, "layers") == 0)
         do_load(s, p, verb[1] == 'a', args);
+    else if (strcmp(verb, "attend") == 0)
+        do_attend(s, p);
     else if (strcmp(verb, "publish") == 0 || strcmp(verb, "spoil") == 0)
         do_publish(s, p, verb[0] == 's', args);
     else if (strcmp(verb, "trim") == 0)

@@ -6,8 +6,7 @@
  * The input is a list of | method | length u16 | body |. Method 254: the call before is cancelled (its work, if it has some, is given up);
  * 255: its stream ends. A call that is still streaming takes the bodies of the next items with the same method.
  *
- * The loop outlives a run, tenants and their caches live for RUNS_A_LIFE runs, as in fuzz_request.c. Jobs are run where they are
- * submitted: a thread to go to and come back from takes longer than all that a run does. */
+ * Loop and helper thread outlive a run, tenants and their caches live for RUNS_A_LIFE runs, as in fuzz_request.c. */
 #include <errno.h>
 #include <fcntl.h>
 #include <stdlib.h>
@@ -48,39 +47,6 @@ static const char *const settings[][2] = {
     {"leases", "64"}, {"staging_bytes", "64K"}, {"stagings", "3"}, {"publish_blocks", "8"}, {"publish_worker_blocks", "16"},
     {"log_level", "error"}, {"grpc_prefixes", "4"}, {"grpc_message_bytes", "64K"}, {"grpc_memory", "4M"},
 };
-
-/* ---- jobs without threads (the linker's --wrap): run where they are submitted, and done when the loop would be told ---- */
-
-void __wrap_jobs_submit(struct jobs *jobs, struct job *list);
-static struct job *finished, **finished_last = &finished;
-
-void __wrap_jobs_submit(struct jobs *jobs, struct job *list)
-{
-    struct job *next;
-
-    (void)jobs;
-    for (; list; list = next) {
-        next = list->next;
-        list->run(list);
-        list->next = NULL;
-        *finished_last = list;
-        finished_last = &list->next;
-    }
-}
-
-/* False: none was. */
-static bool finish_jobs(void)
-{
-    struct job *list = finished, *next;
-
-    finished = NULL;
-    finished_last = &finished;
-    for (struct job *j = list; j; j = next) {
-        next = j->next;
-        j->done(j);
-    }
-    return list != NULL;
-}
 
 /* The front without its thread: what is sent to it stays in the list, where this program takes it (kicked: nobody is to be woken). */
 static struct rpc *make_rpc(struct daemon *d)
@@ -160,7 +126,7 @@ static bool spare_coming(const struct daemon *d)
 static void settle(struct daemon *d)
 {
     for (int i = 0; i < 10000; i++) {
-        bool busy = finish_jobs() || publishing_blocks(d->publishing) || d->n_walks || spare_coming(d);
+        bool busy = publishing_blocks(d->publishing) || d->n_walks || jobs_waiting(d->jobs) || spare_coming(d);
 
         if (sd_event_run(d->event, busy ? 1000 : 0) == 0 && !busy)
             return;
@@ -189,8 +155,7 @@ static struct rpc_post *take_post(struct daemon *d, bool wait)
         }
         if (!wait)
             return NULL;
-        if (!finish_jobs())
-            must(sd_event_run(d->event, 1000));
+        must(sd_event_run(d->event, 1000));
     }
     abort(); /* a call has not come back */
 }
