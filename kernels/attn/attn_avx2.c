@@ -1,4 +1,5 @@
 #include "kernels/attn/attn_vec_avx2.h"
+#include "kernels/codec/codec_vec_avx2.h"
 
 #define ATTN_CODEC codec_ops_avx2
 #include "kernels/attn/attn_part.h"

@@ -1,8 +1,8 @@
 /* Attention by vectors: the way of a call. The including file has one of attn_vec_*.h and says what ATTN_NAME is.
  *
- * Blocks are taken in chunks of up to 64 tokens. For each chunk: scores of all rows (attn_code.h from kc4 codes, attn_any.h from
- * decoded tokens of any codec), weights relative to the chunk's largest score, and their sum of values onto the rows' outputs
- * (attn_code.h from tq4 codes, attn_any.h else). Scores are kept in base 2.
+ * Blocks are taken in chunks of up to 64 tokens. For each chunk: scores of all rows (attn_code.h from kc4 codes, attn_plain.h
+ * from codes that one conversion turns into numbers, attn_any.h from decoded tokens of any codec), weights relative to the chunk's
+ * largest score, and their sum of values onto the rows' outputs (attn_code.h from tq4 codes, the others as for scores). Scores are kept in base 2.
  *
  * tq4's values are summed in the rotated domain, and rotated back once at the end. So a row has two partials, one of each domain,
  * merged at the end: with a first block of another codec both are in use. */
@@ -13,6 +13,7 @@
 #include <stdbool.h>
 
 #include "kernels/attn/attn_int.h"
+#include "kernels/codec/codec_num.h"
 #include "kernels/codec/codec_tab.h"
 
 #define LOG2E 1.44269504f
@@ -51,6 +52,7 @@ struct part {
     float norm_log[ATTN_CHUNK], norm_inverse[ATTN_CHUNK]; /* of the tokens of the chunk, values by code */
     float norm_whole[ATTN_CHUNK]; /* WEIGHT_MAX, or 0 where the norm is 0 */
     const uint8_t *ahead[2], *ahead_end[2]; /* what will be read next */
+    bool ahead_far; /* three chunks do not fit into the first-level cache: to the second */
 };
 
 /* A chunk: tokens t0 .. t0 + n - 1 of a block, at position pos. */
@@ -112,6 +114,9 @@ VEC void part_ahead(struct part *p, uint32_t which, uint32_t n)
 {
     const uint8_t *at = p->ahead[which], *end = at + n < p->ahead_end[which] ? at + n : p->ahead_end[which];
 
+    if (p->ahead_far)
+        for (; at < end; at += 64)
+            _mm_prefetch((const char *)at, _MM_HINT_T1);
     for (; at < end; at += 64)
         _mm_prefetch((const char *)at, _MM_HINT_T0);
     p->ahead[which] = at;
@@ -130,6 +135,7 @@ VEC const uint8_t *ahead_lines(const uint8_t *at, uint32_t n_lines)
 
 #include "kernels/attn/attn_any.h"
 #include "kernels/attn/attn_code.h"
+#include "kernels/attn/attn_plain.h"
 
 static bool keys_by_code(const struct tile_layout *l)
 {
@@ -299,8 +305,12 @@ static bool part_sees(const struct part *p, uint32_t pos, uint32_t n, bool *ret_
 
 static void chunk_scores(struct part *p, const struct chunk *c)
 {
+    struct plain plain;
+
     if (keys_by_code(c->layout))
         code_scores(p, c);
+    else if (plain_of(c, false, &plain))
+        plain_scores(p, c, &plain);
     else
         any_scores(p, c);
 }
@@ -322,8 +332,12 @@ static void chunk_weights(struct part *p, const struct chunk *c)
 
 static void chunk_values(struct part *p, const struct chunk *c)
 {
+    struct plain plain;
+
     if (values_by_code(c->layout))
         code_values(p, c);
+    else if (plain_of(c, true, &plain))
+        plain_values(p, c, &plain);
     else
         any_values(p, c);
 }
@@ -368,6 +382,7 @@ static void ahead_set(struct part *p, const struct chunk *c)
     if (!c)
         return;
     l = c->layout;
+    p->ahead_far = l->bytes / l->n_tokens * c->n > 16384;
     k_row = l->k_codes_bytes / l->n_tokens;
     v_row = l->v_codes_bytes / l->n_tokens;
     if (c->t0 == 0) {

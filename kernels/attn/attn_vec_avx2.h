@@ -75,6 +75,13 @@ VEC wf wf_butterfly(wf v, uint32_t bit)
     return _mm256_add_ps(other, _mm256_xor_ps(v, _mm256_and_ps(_mm256_castsi256_ps(upper), _mm256_set1_ps(-0.0f))));
 }
 
+VEC wf wf_load_e4m3(const uint8_t *p)
+{
+    __m128i c = _mm_unpacklo_epi8(_mm_setzero_si128(), _mm_loadl_epi64((const __m128i *)p));
+
+    return _mm256_cvtph_ps(_mm_and_si128(_mm_srai_epi16(c, 1), _mm_set1_epi16((short)0xbfff)));
+}
+
 VEC wf wf_scale(wf x, wf n)
 {
     __m256i e = _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23);

@@ -82,6 +82,14 @@ VEC wf wf_butterfly(wf v, uint32_t bit)
     return _mm512_mask_sub_ps(_mm512_add_ps(other, v), upper, other, v);
 }
 
+/* E4M3 codes: their values / 256 (the codes that stand for NaN have some value, too). */
+VEC wf wf_load_e4m3(const uint8_t *p)
+{
+    __m256i c = _mm256_slli_epi16(_mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)p)), 8);
+
+    return _mm512_cvtph_ps(_mm256_and_si256(_mm256_srai_epi16(c, 1), _mm256_set1_epi16((short)0xbfff)));
+}
+
 /* x * 2^n for whole n, 0 where n is below -126. */
 VEC wf wf_scale(wf x, wf n)
 {
