@@ -151,6 +151,7 @@ show "    the seven generated $((7 * group_steps)) tokens in $(calc "$group_sec"
 show ""
 
 show "The daemon is killed while a worker uses it"
+: >"$work/orphan"
 "$build/ggml/kvd-ggml" "${shared[@]}" --question "${questions[0]}" --attend daemon --n-predict "$steps" >"$work/orphan" &
 orphan=$!
 while kill -0 "$orphan" 2>/dev/null && (($(stat -c %s "$work/orphan") < 64)); do
