@@ -45,6 +45,8 @@ enum {
     HAND_OVER_USEC = 50, /* a watcher that goes to compute for longer than this leaves the rings to another thread */
 };
 
+#define NSEC_PER_UNIT_MIN 0.001
+
 /* ---- jobs ---- */
 
 static unsigned batch_class(uint32_t n)
@@ -240,6 +242,17 @@ static void finish_piece(struct attend *a, struct attend_job *j, const struct at
     complete_all(a, ended, n_ended);
 }
 
+/* What a unit takes. A thread that was interrupted measures its interruption: so a sample counts at most twice what is known, and a
+ * machine that has become slower is believed slowly. By lock. */
+static void learn(struct attend *a, double nsec_per_unit)
+{
+    if (nsec_per_unit > a->nsec_per_unit * 2)
+        nsec_per_unit = a->nsec_per_unit * 2;
+    a->nsec_per_unit += (nsec_per_unit - a->nsec_per_unit) / 32;
+    if (a->nsec_per_unit < NSEC_PER_UNIT_MIN)
+        a->nsec_per_unit = NSEC_PER_UNIT_MIN;
+}
+
 static void run_piece(struct attend *a, struct attend_job *j, const struct attend_piece *p, struct attend_scratch *scratch)
 {
     double units = attend_piece_units(j, p), nsec;
@@ -257,10 +270,8 @@ static void run_piece(struct attend *a, struct attend_job *j, const struct atten
     pthread_mutex_lock(&a->lock);
     a->stats.n_pieces++;
     a->stats.read_bytes += bytes;
-    if (bytes && nsec > 5000) /* shorter ones say little. Slowly, and never to where all is one piece or a piece is a block */
-        a->nsec_per_unit += (nsec / units - a->nsec_per_unit) / 16;
-    if (a->nsec_per_unit < 0.001 || a->nsec_per_unit > 100)
-        a->nsec_per_unit = a->nsec_per_unit < 0.001 ? 0.001 : 100;
+    if (bytes)
+        learn(a, nsec / units);
     finish_piece(a, j, p, skipped);
 }
 
