@@ -49,7 +49,7 @@ stop()
 # What a worker does in its life; errors are answers too.
 work()
 {
-    printf '%s\n' 'open 0 raw 8' 'match 0 1 64' 'flight 0 0 4' 'publish 0 0 4 0' 'match 0 1 64' 'load 0 verify' 'attend 0' \
+    printf '%s\n' 'open 0 raw 8' 'match 0 1 64' 'flight 0 0 4' 'publish 0 0 4 0' 'match 0 1 64' 'load 0 verify' 'attend 0' 'attend 0' \
         'open 1 quant 8' 'match 1 1 64' 'publish 1 0 4 0' 'release 0' |
         KVD_WORKER_TIMEOUT=2000 timeout 60 "$build/tests/worker" script "$socket" > "$dir/said" 2>&1
 }
