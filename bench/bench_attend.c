@@ -16,12 +16,14 @@
 #include "kernels/attn/attn.h"
 #include "kernels/codec/codec_num.h"
 
-#define TOKENS 64u
+#define TOKENS     64u
 #define N_DISTINCT 16u
 #define COLD_BYTES ((size_t)256 << 20)
-#define CASE_NSEC UINT64_C(100000000)
+#define CASE_NSEC  UINT64_C(100000000)
 #define LEAST_RUNS 3u
-#define LIMIT "one reading of the same packed bytes by the same threads (least): at most 1.5 with VNNI, 2.5 with AVX2, from 8K tokens on"
+#define LIMIT                                                                                                          \
+    "one reading of the same packed bytes by the same threads (least): at most 1.5 with VNNI, 2.5 with AVX2, from 8K " \
+    "tokens on"
 
 struct shape {
     const char *k, *v;
@@ -34,7 +36,7 @@ struct bed {
     struct shape shape;
     const struct attn_ops *ops;
     struct tile_layout layout;
-    uint8_t *tiles;            /* [layers][blocks][heads] */
+    uint8_t *tiles; /* [layers][blocks][heads] */
     size_t n_layers, n_blocks, layer_bytes;
     struct attn_block *blocks; /* [layers][heads][blocks] */
     size_t layer;              /* in hand */
@@ -91,8 +93,8 @@ static void fill(struct bed *bed)
             k[j] = draw(&state);
             v[j] = draw(&state);
         }
-        if (tile_encode(codec_ops_choose(&cpu), &bed->layout, NULL, NULL, CODEC_F32, k, 4 * bed->shape.dim, v, 4 * bed->shape.dim,
-                        tile, NULL) < 0)
+        if (tile_encode(codec_ops_choose(&cpu), &bed->layout, NULL, NULL, CODEC_F32, k, 4 * bed->shape.dim, v,
+                        4 * bed->shape.dim, tile, NULL) < 0)
             fatal("a tile could not be encoded");
     }
     free(k);
@@ -135,7 +137,8 @@ static struct bed *bed_create(const struct shape *shape)
     for (size_t i = 0, at = 0; i < bed->n_layers; i++)
         for (size_t h = 0; h < shape->n_heads; h++)
             for (size_t b = 0; b < bed->n_blocks; b++, at++)
-                bed->blocks[at] = (struct attn_block){bed->tiles + i * bed->layer_bytes + (b * shape->n_heads + h) * bed->layout.bytes,
+                bed->blocks[at] = (struct attn_block){bed->tiles + i * bed->layer_bytes +
+                                                          (b * shape->n_heads + h) * bed->layout.bytes,
                                                       &bed->layout, (uint32_t)b * TOKENS, TOKENS};
     bed->q = bench_alloc(4 * rows * shape->dim);
     for (size_t i = 0; i < rows * shape->dim; i++)
@@ -210,7 +213,8 @@ static void attend_job(struct bed *bed, uint32_t thread)
         struct attn_rows rows = {s->n_rows, bed->q + row * s->dim, bed->q_pos + row};
         struct attn_out to = {bed->o + (out + row) * s->dim, bed->lse + out + row, NULL};
 
-        if (attn_partial(bed->ops, &params, bed->blocks + (bed->layer * s->n_heads + h) * bed->n_blocks + b0, b1 - b0, &rows, &to, bed->work[thread]) < 0)
+        if (attn_partial(bed->ops, &params, bed->blocks + (bed->layer * s->n_heads + h) * bed->n_blocks + b0, b1 - b0,
+                         &rows, &to, bed->work[thread]) < 0)
             fatal("refused");
     }
 }
@@ -288,8 +292,8 @@ static void measure(struct bed *bed, double *ret_attend, double *ret_read)
 
 static void case_name(char *name, size_t n, const struct attn_ops *ops, const struct shape *s)
 {
-    snprintf(name, n, "%s, %s/%s, D %u, %u KV heads, %u tokens, %u rows, %u thread%s%s", ops->name, s->k, s->v, s->dim, s->n_heads,
-             s->n_tokens, s->n_rows, s->n_threads, s->n_threads == 1 ? "" : "s", s->warm ? ", warm" : "");
+    snprintf(name, n, "%s, %s/%s, D %u, %u KV heads, %u tokens, %u rows, %u thread%s%s", ops->name, s->k, s->v, s->dim,
+             s->n_heads, s->n_tokens, s->n_rows, s->n_threads, s->n_threads == 1 ? "" : "s", s->warm ? ", warm" : "");
 }
 
 /* Microseconds of the case, 0 if it was not wanted. */
@@ -326,7 +330,8 @@ static void run_threads(const struct bench *b, const struct attn_ops *ops, struc
         return;
     case_name(name, sizeof(name), ops, &shape);
     snprintf(line, sizeof(line), "scaling: %s", name);
-    bench_line("attend", line, us[0] / us[1], "times", read[0] / read[1], "what reading gains: at least 1.8 until memory binds");
+    bench_line("attend", line, us[0] / us[1], "times", read[0] / read[1],
+               "what reading gains: at least 1.8 until memory binds");
 }
 
 static void run_sizes(const struct bench *b, const struct attn_ops *ops)
@@ -381,8 +386,8 @@ static void run_peer(const struct bench *b)
         double us;
 
         if (!at || !value ||
-            sscanf(at, "llama.cpp %31[^,], D %u, %u KV heads, %u tokens, %u threads", type, &s.dim, &s.n_heads, &s.n_tokens,
-                   &s.n_threads) != 5 ||
+            sscanf(at, "llama.cpp %31[^,], D %u, %u KV heads, %u tokens, %u threads", type, &s.dim, &s.n_heads,
+                   &s.n_tokens, &s.n_threads) != 5 ||
             s.n_threads < 1 || s.n_threads > 2)
             continue;
         us = run_case(b, b->ops[b->n_ops - 1], &s, NULL);
@@ -390,7 +395,8 @@ static void run_peer(const struct bench *b)
             continue;
         case_name(name, sizeof(name), b->ops[b->n_ops - 1], &s);
         snprintf(text, sizeof(text), "against llama.cpp %s: %s", type, name);
-        bench_line("attend", text, us, "us", strtod(value + strlen("\"value\":"), NULL), "llama.cpp's attention over the same tokens: below 1");
+        bench_line("attend", text, us, "us", strtod(value + strlen("\"value\":"), NULL),
+                   "llama.cpp's attention over the same tokens: below 1");
     }
     fclose(f);
 }

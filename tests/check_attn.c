@@ -15,8 +15,9 @@ static void direct(const struct scene *s, uint32_t row, double *o, double *ret_l
     float *k = scene_take(64, 4 * n_all * l->dim_k), *v = scene_take(64, 4 * n_all * dim_v);
 
     for (uint32_t b = 0; b < s->n_blocks; b++)
-        ck_assert_int_eq(tile_decode(&codec_ops_scalar, s->blocks[b].layout, NULL, NULL, s->blocks[b].tile, 0, l->n_tokens, CODEC_F32,
-                                     k + b * l->n_tokens * l->dim_k, 4 * l->dim_k, v + b * l->n_tokens * dim_v, 4 * dim_v),
+        ck_assert_int_eq(tile_decode(&codec_ops_scalar, s->blocks[b].layout, NULL, NULL, s->blocks[b].tile, 0,
+                                     l->n_tokens, CODEC_F32, k + b * l->n_tokens * l->dim_k, 4 * l->dim_k,
+                                     v + b * l->n_tokens * dim_v, 4 * dim_v),
                          0);
     for (uint32_t t = 0; t < n_all; t++) {
         uint32_t pos = t, q_pos = s->q_pos[row];
@@ -58,11 +59,11 @@ START_TEST(scalar_is_the_formula)
         got = scene_run(&attn_ops_scalar, &s);
         for (uint32_t r = 0; r < s.rows.n && r < 3; r++) {
             direct(&s, r, o, &lse);
-            ck_assert_msg(got.lse[r] == (float)lse || fabs((double)got.lse[r] - lse) < 1e-6 * (1 + fabs(lse)), "%s: lse %g, not %g",
-                          what, (double)got.lse[r], lse);
+            ck_assert_msg(got.lse[r] == (float)lse || fabs((double)got.lse[r] - lse) < 1e-6 * (1 + fabs(lse)),
+                          "%s: lse %g, not %g", what, (double)got.lse[r], lse);
             for (uint32_t c = 0; c < s.params.dim_o; c++)
-                ck_assert_msg(fabs((double)got.o[r * s.params.dim_o + c] - o[c]) <= 1e-6 * (1 + fabs(o[c])), "%s: o %g, not %g", what,
-                              (double)got.o[r * s.params.dim_o + c], o[c]);
+                ck_assert_msg(fabs((double)got.o[r * s.params.dim_o + c] - o[c]) <= 1e-6 * (1 + fabs(o[c])),
+                              "%s: o %g, not %g", what, (double)got.o[r * s.params.dim_o + c], o[c]);
         }
         scene_check_shares(what, &s, got, s.n_blocks);
         scene_result_free(got);
@@ -110,7 +111,8 @@ static void shuffle(uint64_t *state, uint32_t *order, uint32_t n)
 }
 
 /* Parts of a random partition of the blocks' tokens, in random order, with an empty one; whole: of all. */
-static void check_partition(const char *what, const struct attn_ops *ops, const struct scene *s, uint64_t *state, struct result whole)
+static void check_partition(const char *what, const struct attn_ops *ops, const struct scene *s, uint64_t *state,
+                            struct result whole)
 {
     struct attn_block parts[BLOCKS_MAX];
     uint32_t dim = s->params.dim_o, n = s->n_blocks, order[BLOCKS_MAX], size;
@@ -179,7 +181,8 @@ END_TEST
 
 /* ---- refusals and garbage ---- */
 
-static int call(const struct scene *s, const struct attn_params *params, const struct attn_block *blocks, uint32_t n_blocks)
+static int call(const struct scene *s, const struct attn_params *params, const struct attn_block *blocks,
+                uint32_t n_blocks)
 {
     float o[4 * 128], lse[4];
     struct attn_out out = {o, lse, NULL};
@@ -205,9 +208,9 @@ START_TEST(bad_arguments_are_refused)
     s.q_pos[0] = s.q_pos[1] = 40;
     ck_assert_int_eq(call(&s, &s.params, s.blocks, 2), 0);
     ck_assert_int_eq(call(&s, &s.params, NULL, 0), 0);
-#define REFUSED(field, value) \
-    p = s.params; \
-    p.field = (value); \
+#define REFUSED(field, value)                                                                                          \
+    p = s.params;                                                                                                      \
+    p.field = (value);                                                                                                 \
     ck_assert_int_eq(call(&s, &p, s.blocks, 2), -EINVAL)
     REFUSED(scale, NAN);
     REFUSED(scale, INFINITY);

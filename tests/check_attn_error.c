@@ -5,7 +5,8 @@
 enum feature { PLAIN, WINDOW, CAP, SINKS, ALL, N_FEATURES };
 
 /* The worst error of all variants, for one combination. */
-static double table_case(const char *k, const char *v, uint32_t dim, uint32_t gqa, enum feature feature, uint64_t *state)
+static double table_case(const char *k, const char *v, uint32_t dim, uint32_t gqa, enum feature feature,
+                         uint64_t *state)
 {
     const struct attn_ops *ops[4];
     size_t n_ops = scene_variants(ops);
@@ -42,15 +43,24 @@ START_TEST(table_of_errors)
 {
     static const struct {
         const char *k, *v;
-    } pairs[] = {{"kc4", "tq4"}, {"raw", "raw"},   {"bf16", "bf16"}, {"f32", "f32"},
-                 {"fp8", "fp8"}, {"int8", "int8"}, {"tq4", "tq4"},   {"tq3", "tq3"},
-                 {"kc4", "kc4"}, {"kc4:grid=e2m1", "tq4"}, {"uq4:rotate=off", "uq4"}, {"uq4:rotate=on", "uq4:rotate=on"}};
+    } pairs[] = {{"kc4", "tq4"},
+                 {"raw", "raw"},
+                 {"bf16", "bf16"},
+                 {"f32", "f32"},
+                 {"fp8", "fp8"},
+                 {"int8", "int8"},
+                 {"tq4", "tq4"},
+                 {"tq3", "tq3"},
+                 {"kc4", "kc4"},
+                 {"kc4:grid=e2m1", "tq4"},
+                 {"uq4:rotate=off", "uq4"},
+                 {"uq4:rotate=on", "uq4:rotate=on"}};
     static const uint32_t gqa[] = {1, 2, 4, 8, 16};
     uint64_t state = data_seed(6);
 
     printf("worst relative error of o over the variants, against fp64; each figure the worst of its row and column\n");
-    printf("%-28s %4s  %8s %8s %8s %8s %8s  %8s %8s %8s %8s %8s\n", "K / V", "D", "GQA 1", "2", "4", "8", "16", "plain", "window",
-           "softcap", "sinks", "all");
+    printf("%-28s %4s  %8s %8s %8s %8s %8s  %8s %8s %8s %8s %8s\n", "K / V", "D", "GQA 1", "2", "4", "8", "16", "plain",
+           "window", "softcap", "sinks", "all");
     for (size_t i = 0; i < sizeof(pairs) / sizeof(pairs[0]); i++)
         for (size_t d = 0; d < DATA_N_DIMS; d++) {
             double by_gqa[5] = {0}, by_feature[N_FEATURES] = {0};

@@ -9,10 +9,19 @@
 #include "tests/check_codec_data.h"
 
 #define BLOCKS_MAX 6u
-#define ROWS_MAX 40u
+#define ROWS_MAX   40u
 
-static const char *const scene_codecs[] = {"raw", "bf16", "f32", "fp8", "int8", "kc4", "kc4:grid=e2m1", "tq4", "tq3",
-                                     "uq4:rotate=off", "uq4:rule=even,rotate=on"};
+static const char *const scene_codecs[] = {"raw",
+                                           "bf16",
+                                           "f32",
+                                           "fp8",
+                                           "int8",
+                                           "kc4",
+                                           "kc4:grid=e2m1",
+                                           "tq4",
+                                           "tq3",
+                                           "uq4:rotate=off",
+                                           "uq4:rule=even,rotate=on"};
 #define N_CODECS (sizeof(scene_codecs) / sizeof(scene_codecs[0]))
 
 /* A list of blocks, queries and everything else of a call. Memory is exactly as long as promised, so that a sanitizer sees what
@@ -70,7 +79,8 @@ static inline size_t scene_variants(const struct attn_ops *ret_ops[4])
 }
 
 /* false if a codec has no form for its head size. */
-static inline bool layout_of(struct tile_layout *l, const char *k, const char *v, uint32_t n_tokens, uint32_t dim_k, uint32_t dim_v)
+static inline bool layout_of(struct tile_layout *l, const char *k, const char *v, uint32_t n_tokens, uint32_t dim_k,
+                             uint32_t dim_v)
 {
     struct codec_spec ks, vs;
 
@@ -92,7 +102,8 @@ static inline void tile_fill(const struct tile_layout *l, uint64_t *state, void 
     for (uint32_t t = 0; t < l->n_tokens; t++)
         for (uint32_t c = 0; c < l->dim_v; c++)
             v[t * l->dim_v + c] = t % 13 == 7 ? 0 : (float)(data_gauss(state) * (1 + t % 3));
-    ck_assert_int_eq(tile_encode(scene_codec(), l, NULL, NULL, CODEC_F32, k, 4 * l->dim_k, v, 4 * l->dim_v, tile, NULL), 0);
+    ck_assert_int_eq(tile_encode(scene_codec(), l, NULL, NULL, CODEC_F32, k, 4 * l->dim_k, v, 4 * l->dim_v, tile, NULL),
+                     0);
     free(k);
     free(v);
 }
@@ -130,11 +141,13 @@ static inline void scene_blocks(struct scene *s, uint64_t *state, uint32_t n_blo
     }
 }
 
-static inline struct result scene_run_blocks(const struct attn_ops *ops, const struct scene *s, const struct attn_block *blocks, uint32_t n_blocks)
+static inline struct result scene_run_blocks(const struct attn_ops *ops, const struct scene *s,
+                                             const struct attn_block *blocks, uint32_t n_blocks)
 {
     const struct tile_layout *l = s->layout + 1;
     uint32_t n = s->rows.n, dim = s->params.dim_o;
-    struct result r = {scene_take(64, sizeof(float) * n * dim), scene_take(64, sizeof(float) * n), scene_take(64, sizeof(float) * n * n_blocks)};
+    struct result r = {scene_take(64, sizeof(float) * n * dim), scene_take(64, sizeof(float) * n),
+                       scene_take(64, sizeof(float) * n * n_blocks)};
     struct attn_out out = {r.o, r.lse, r.block_lse};
     void *work = scene_take(64, attn_work_bytes(n, l->n_tokens, l->dim_k, dim));
 
@@ -189,7 +202,8 @@ static inline struct bound scene_bound(const struct scene *s)
     return bound;
 }
 
-static inline double scene_compare(const char *what, const struct scene *s, struct result got, struct result want, struct bound bound)
+static inline double scene_compare(const char *what, const struct scene *s, struct result got, struct result want,
+                                   struct bound bound)
 {
     double worst = 0;
 
@@ -203,7 +217,8 @@ static inline double scene_compare(const char *what, const struct scene *s, stru
                 ck_assert_msg(o[i] == 0, "%s: row %u sees nothing, o %g", what, r, (double)o[i]);
             continue;
         }
-        ck_assert_msg(fabs((double)got.lse[r] - (double)want.lse[r]) <= bound.lse * (1 + fabs((double)want.lse[r]) * 1e-2),
+        ck_assert_msg(fabs((double)got.lse[r] - (double)want.lse[r]) <=
+                          bound.lse * (1 + fabs((double)want.lse[r]) * 1e-2),
                       "%s: row %u lse %.9g, not %.9g", what, r, (double)got.lse[r], (double)want.lse[r]);
         ck_assert_msg(e <= bound.o, "%s: row %u of %u: error %.3g, bound %.3g", what, r, s->rows.n, e, bound.o);
         worst = e > worst ? e : worst;
@@ -232,7 +247,8 @@ static inline void scene_check_shares(const char *what, const struct scene *s, s
 static inline void scene_random(struct scene *s, uint64_t *state, char what[160])
 {
     static const uint32_t tokens[] = {1, 7, 16, 33, 64, 64, 64, 100, 256};
-    uint32_t n_tokens = tokens[scene_below(state, 9)], dim_k = data_dims[scene_below(state, DATA_N_DIMS)], dim_v = dim_k;
+    uint32_t n_tokens = tokens[scene_below(state, 9)], dim_k = data_dims[scene_below(state, DATA_N_DIMS)],
+             dim_v = dim_k;
     const char *k, *v, *first;
 
     memset(s, 0, sizeof(*s));
@@ -256,7 +272,8 @@ static inline void scene_random(struct scene *s, uint64_t *state, char what[160]
             s->blocks[b].n_tokens = scene_below(state, n_tokens + 1);
     scene_queries(s, state, 1 + scene_below(state, scene_below(state, 4) ? 9 : ROWS_MAX), 3);
     for (uint32_t r = 0; r < s->rows.n; r++)
-        s->q_pos[r] = scene_below(state, 3) ? n_tokens * s->n_blocks + scene_below(state, 4) : scene_below(state, n_tokens * s->n_blocks);
+        s->q_pos[r] = scene_below(state, 3) ? n_tokens * s->n_blocks + scene_below(state, 4)
+                                            : scene_below(state, n_tokens * s->n_blocks);
     snprintf(what, 160, "%s/%s first %u/%u, %u tokens x %u, dims %u %u %u, %u rows, cap %g window %u sinks %u", k, v,
              s->layout[0].k.id, s->layout[0].v.id, n_tokens, s->n_blocks, dim_k, dim_v, s->params.dim_o, s->rows.n,
              (double)s->params.softcap, s->params.window, s->params.sink_tokens);

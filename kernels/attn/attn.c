@@ -29,7 +29,8 @@ static int check_params(const struct attn_params *params)
     return params->dim_o < 16 || params->dim_o > ATTN_DIM_MAX || params->dim_o % 16 ? -EINVAL : 0;
 }
 
-static int check_block(const struct attn_params *params, const struct attn_block *block, const struct tile_layout *first)
+static int check_block(const struct attn_params *params, const struct attn_block *block,
+                       const struct tile_layout *first)
 {
     const struct tile_layout *l = block->layout;
 
@@ -37,7 +38,8 @@ static int check_block(const struct attn_params *params, const struct attn_block
         return -EINVAL;
     if (l->dim_v ? params->dim_o != l->dim_v : params->dim_o > l->dim_k)
         return -EINVAL;
-    if (block->n_tokens > l->n_tokens || block->n_tokens > UINT32_MAX - block->pos || (uintptr_t)block->tile % TILE_ALIGN)
+    if (block->n_tokens > l->n_tokens || block->n_tokens > UINT32_MAX - block->pos ||
+        (uintptr_t)block->tile % TILE_ALIGN)
         return -EINVAL;
     return 0;
 }

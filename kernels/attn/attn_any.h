@@ -1,5 +1,5 @@
-/* Attention from decoded tokens: a few at a time are decoded into a buffer of the first-level cache, by the vector decoder of their
- * codec. A part of attn_part.h, which includes it. */
+/* Attention from decoded tokens: a few at a time are decoded into a buffer of the first-level cache, by the vector
+ * decoder of their codec. A part of attn_part.h, which includes it. */
 
 #define ANY_FLOATS 4096u /* 16 KiB */
 
@@ -71,8 +71,8 @@ static void any_scores(struct part *p, const struct chunk *c)
     for (uint32_t t = 0; t < c->n; t += step) {
         uint32_t n = min_u32(step, c->n - t);
 
-        p->codec->decode(&l->k, c->tile + l->k_side_off, c->tile + l->k_codes_off, l->n_tokens, l->dim_k, c->t0 + t, c->t0 + t + n,
-                         CODEC_F32, k, sizeof(float) * l->dim_k);
+        p->codec->decode(&l->k, c->tile + l->k_side_off, c->tile + l->k_codes_off, l->n_tokens, l->dim_k, c->t0 + t,
+                         c->t0 + t + n, CODEC_F32, k, sizeof(float) * l->dim_k);
         any_scores_of(p, k, n, c->s + t);
         part_ahead(p, 0, n * l->k_codes_bytes / l->n_tokens);
     }
@@ -143,7 +143,8 @@ static void any_values(struct part *p, const struct chunk *c)
     bool own = l->dim_v != 0; /* else the values are channels of the keys */
     const struct codec_spec *spec = own ? &l->v : &l->k;
     uint32_t dim = own ? l->dim_v : l->dim_k, step = any_tokens(dim);
-    const uint8_t *side = c->tile + (own ? l->v_side_off : l->k_side_off), *codes = c->tile + (own ? l->v_codes_off : l->k_codes_off);
+    const uint8_t *side = c->tile + (own ? l->v_side_off : l->k_side_off);
+    const uint8_t *codes = c->tile + (own ? l->v_codes_off : l->k_codes_off);
     float *v = (float *)p->sub;
 
     any_scale(p, c);

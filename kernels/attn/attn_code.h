@@ -1,16 +1,18 @@
-/* Attention from packed codes: scores from kc4 (integer grid), values from tq4. A part of attn_part.h, which includes it.
+/* Attention from packed codes: scores from kc4 (integer grid), values from tq4. A part of attn_part.h, which
+ * includes it.
  *
- * Scores. kc4 decodes to low + step * code, so a block's scores are dot(q * step, codes - m) + dot(q, low + m * step) for any m, here
- * the middle of the codes. q * step becomes whole
- * numbers of 16 bits, relative to its largest magnitude, and these a high and a low byte, so that products of bytes do: codes are
- * unsigned, bytes of the query signed. An element of a register is a token, with four bytes of its codes (eight channels); low and
- * high nibbles, even and odd channels, are two registers, and the query's bytes are in that order. (kc4's codes from 8 on count from high;
- * that differs by less than 2^-18 of high - low, because its step has 20 bits.) What
- * rounding the query does to the middle code is known exactly and taken out again, which halves the error.
+ * Scores. kc4 decodes to low + step * code, so a block's scores are dot(q * step, codes - m) + dot(q, low + m *
+ * step) for any m, here the middle of the codes. q * step becomes whole numbers of 16 bits, relative to its largest
+ * magnitude, and these a high and a low byte, so that products of bytes do: codes are unsigned, bytes of the query
+ * signed. An element of a register is a token, with four bytes of its codes (eight channels); low and high nibbles,
+ * even and odd channels, are two registers, and the query's bytes are in that order. (kc4's codes from 8 on count
+ * from high; that differs by less than 2^-18 of high - low, because its step has 20 bits.) What rounding the query
+ * does to the middle code is known exactly and taken out again, which halves the error.
  *
- * Values. tq4 decodes to level(code) * norm, then rotates. Weights times norm become whole numbers of 14 bits relative to the largest
- * of the chunk, levels whole numbers of 11 bits; sums of 64 products fit into 32 bits. A register holds two tokens side by side, for
- * products of pairs. Norms of tokens enter with the weights, the rotation is undone once a call. */
+ * Values. tq4 decodes to level(code) * norm, then rotates. Weights times norm become whole numbers of 14 bits
+ * relative to the largest of the chunk, levels whole numbers of 11 bits; sums of 64 products fit into 32 bits. A
+ * register holds two tokens side by side, for products of pairs. Norms of tokens enter with the weights, the
+ * rotation is undone once a call. */
 
 #define QUERY_MAX 32639.0f  /* 127 * 256 + 127 */
 #define CODE_MIDDLE 7.5f
@@ -30,9 +32,11 @@
     } while (0)
 #define WEIGHT_MAX 16383.0f
 
-/* round(level * LEVEL_UNIT). This unit rounds the eight levels best of all that fit: relative norm of the errors 1.2e-4. */
+/* round(level * LEVEL_UNIT). This unit rounds the eight levels best of all that fit: relative norm of the errors
+ * 1.2e-4. */
 #define LEVEL_UNIT 685.392f
-static const int16_t code_levels[16] = {-1873, -1418, -1109, -861, -646, -450, -266, -88, 88, 266, 450, 646, 861, 1109, 1418, 1873};
+static const int16_t code_levels[16] = {-1873, -1418, -1109, -861, -646, -450, -266, -88,
+                                        88,    266,   450,   646,  861,  1109, 1418, 1873};
 
 /* ---- scores ---- */
 
@@ -174,8 +178,9 @@ static void code_bytes(struct part *p)
         BY_ROWS(p->n - row, code_bytes_of, p, row);
 }
 
-/* A piece of 4 LANES tokens: x[g] has in lane i that of token 4 i + g. Their dwords (eight channels) are brought side by side, so
- * that an element is a token; then they are multiplied with the dwords of the queries, which are the same for all elements. */
+/* A piece of 4 LANES tokens: x[g] has in lane i that of token 4 i + g. Their dwords (eight channels) are brought
+ * side by side, so that an element is a token; then they are multiplied with the dwords of the queries, which are
+ * the same for all elements. */
 #ifdef ATTN_VNNI
 VEC void code_piece(wi x[4], const uint8_t *q, uint32_t n, struct code_sums *sums)
 {
@@ -228,7 +233,8 @@ VEC void code_piece(wi x[4], const uint8_t *q, uint32_t n, struct code_sums *sum
 }
 #endif
 
-/* Scores of n rows and 4 LANES tokens, whose codes are all there. ahead: what to ask for meanwhile, as much as is read, or NULL. */
+/* Scores of n rows and 4 LANES tokens, whose codes are all there. ahead: what to ask for meanwhile, as much as is
+ * read, or NULL. */
 VEC void code_scores_of(struct part *p, float *s, const uint8_t *codes, const uint8_t *ahead, uint32_t row, uint32_t n)
 {
     const uint8_t *q = p->q_bytes + (size_t)row * p->n_pieces * 64;
@@ -300,9 +306,9 @@ static void code_scores(struct part *p, const struct chunk *c)
 
 /* ---- values ---- */
 
-/* What weights need of the chunk's norms. Weights and norms are multiplied by adding logarithms, so that the largest product is known
- * before the first is made. A norm of zero (or what no encoder writes) counts as 2^-25, half the least other one, and its product is
- * made zero afterwards. */
+/* What weights need of the chunk's norms. Weights and norms are multiplied by adding logarithms, so that the largest
+ * product is known before the first is made. A norm of zero (or what no encoder writes) counts as 2^-25, half the
+ * least other one, and its product is made zero afterwards. */
 static void code_norms(struct part *p, const struct chunk *c)
 {
     const uint8_t *side = c->tile + c->layout->v_side_off + 2 * c->t0;
@@ -325,14 +331,15 @@ static void code_norms(struct part *p, const struct chunk *c)
 #define KEEPS (LANES == 2) /* with four lanes unpacking again is free beside the products, and stores are not */
 enum code_source { CODE_UNPACK, CODE_UNPACK_KEEP, CODE_KEPT };
 
-/* Half a slab (4 registers of channels) of n rows: all tokens of the chunk. With CODE_UNPACK_KEEP levels stay in p->sub for the
- * rows that follow. */
+/* Half a slab (4 registers of channels) of n rows: all tokens of the chunk. With CODE_UNPACK_KEEP levels stay in
+ * p->sub for the rows that follow. */
 VEC void code_values_of(struct part *p, const struct chunk *c, uint32_t slab, int half, uint32_t row, uint32_t n,
                         enum code_source source)
 {
     uint32_t row_bytes = p->dim_o / 2, at = slab * 4 * WIDTH, n_bytes = min_u32(4 * WIDTH, row_bytes - at);
     const uint8_t *codes = c->tile + c->layout->v_codes_off + (size_t)c->t0 * row_bytes + at;
-    const uint8_t *ahead = row == 0 && p->ahead[1] ? p->ahead[1] + (size_t)(2 * slab + (uint32_t)half) * 16 * LANES * ATTN_CHUNK / 2 : NULL;
+    const size_t ahead_at = (size_t)(2 * slab + (uint32_t)half) * 16 * LANES * ATTN_CHUNK / 2;
+    const uint8_t *ahead = row == 0 && p->ahead[1] ? p->ahead[1] + ahead_at : NULL;
     const wtab table = wtab_load(code_levels);
     wi acc[ROWS][4], *kept = (wi *)p->sub;
 
@@ -409,8 +416,8 @@ static void code_values(struct part *p, const struct chunk *c)
     }
 }
 
-/* One level of the rotation, of channels that differ in one bit, in the order of registers: bits 0, 3 and 4 choose the register of a
- * slab, 1, 2 and from 5 on the element, those beyond the slab. */
+/* One level of the rotation, of channels that differ in one bit, in the order of registers: bits 0, 3 and 4 choose
+ * the register of a slab, 1, 2 and from 5 on the element, those beyond the slab. */
 VEC void code_rotate_level(float *x, uint32_t n_slabs, uint32_t bit)
 {
     const uint32_t slab = 8 * WIDTH, n = n_slabs * slab;

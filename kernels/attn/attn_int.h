@@ -8,8 +8,8 @@
 
 #include "kernels/attn/attn.h"
 
-#define ATTN_CHUNK 64u    /* tokens whose scores are in work together */
-#define ATTN_SUBTILE 16u  /* tokens that the scalar variant decodes together */
+#define ATTN_CHUNK   64u /* tokens whose scores are in work together */
+#define ATTN_SUBTILE 16u /* tokens that the scalar variant decodes together */
 
 /* What a row sees of n tokens from position pos on: t < head, and from <= t < to; all within n, head <= from unless it is
  * empty. */
@@ -63,7 +63,8 @@ static inline size_t attn_vector_bytes(uint32_t n_rows, uint32_t dim_k, uint32_t
 {
     size_t rows = (n_rows + 15) & ~15u, keys = (dim_k + 31) / 32 * 32, values = (dim_o + 127) / 128 * 128;
 
-    return rows * (10 * ATTN_CHUNK + 6 * keys + 4 * values) + 8 * keys + ATTN_SUB_BYTES + ATTN_PAD_BYTES + 13 * 4 * rows;
+    return rows * (10 * ATTN_CHUNK + 6 * keys + 4 * values) + 8 * keys + ATTN_SUB_BYTES + ATTN_PAD_BYTES +
+           13 * 4 * rows;
 }
 
 /* Of the scalar variant. */

@@ -1,11 +1,13 @@
-/* Attention by vectors: the way of a call. The including file has one of attn_vec_*.h and says what ATTN_NAME is.
+/* Attention by vectors: the way of a call. The including file has one of attn_vec_*.h, codec_vec_*.h of the same
+ * instruction set, and says what ATTN_CODEC is.
  *
- * Blocks are taken in chunks of up to 64 tokens. For each chunk: scores of all rows (attn_code.h from kc4 codes, attn_plain.h
- * from codes that one conversion turns into numbers, attn_any.h from decoded tokens of any codec), weights relative to the chunk's
- * largest score, and their sum of values onto the rows' outputs (attn_code.h from tq4 codes, the others as for scores). Scores are kept in base 2.
+ * Blocks are taken in chunks of up to 64 tokens. For each chunk: scores of all rows (attn_code.h from kc4 codes,
+ * attn_plain.h from codes that one conversion turns into numbers, attn_any.h from decoded tokens of any codec),
+ * weights relative to the chunk's largest score, and their sum of values onto the rows' outputs (attn_code.h from
+ * tq4 codes, the others as for scores). Scores are kept in base 2.
  *
- * tq4's values are summed in the rotated domain, and rotated back once at the end. So a row has two partials, one of each domain,
- * merged at the end: with a first block of another codec both are in use. */
+ * tq4's values are summed in the rotated domain, and rotated back once at the end. So a row has two partials, one of
+ * each domain, merged at the end: with a first block of another codec both are in use. */
 #ifndef KVD_KERNELS_ATTN_PART_H
 #define KVD_KERNELS_ATTN_PART_H
 
@@ -158,8 +160,8 @@ VEC wf wf_cap(wf s, float softcap)
     return wf_copysign(y, s);
 }
 
-/* Scores of a row: capped, hidden ones made -infinity; the largest by lanes, with values by code of the sums with the norms'
- * logarithms. */
+/* Scores of a row: capped, hidden ones made -infinity; the largest by lanes, with values by code of the sums with
+ * the norms' logarithms. */
 VEC wf row_scores(struct part *p, const struct chunk *c, uint32_t row, bool by_code)
 {
     float *s = c->s + (size_t)row * ATTN_CHUNK, cap = p->params->softcap;
@@ -297,7 +299,8 @@ static bool part_sees(const struct part *p, uint32_t pos, uint32_t n, bool *ret_
     uint64_t end = (uint64_t)pos + n;
     bool head = end <= params->sink_tokens;
 
-    *ret_all = (uint64_t)p->q_first + 1 >= end && (!params->window || head || (uint64_t)p->q_last < (uint64_t)pos + params->window);
+    *ret_all = (uint64_t)p->q_first + 1 >= end &&
+               (!params->window || head || (uint64_t)p->q_last < (uint64_t)pos + params->window);
     if (pos > p->q_last)
         return false;
     return !params->window || pos < params->sink_tokens || (uint64_t)p->q_first < end - 1 + params->window;
@@ -409,8 +412,8 @@ static bool begins_block(const struct chunk *c, const struct chunk *before)
     return keys_by_code(c->layout) && (!before || before->block != c->block);
 }
 
-/* Each turn does one step of several chunks, and steps that wait for each other have others between them: scores of this chunk, the
- * queries of the one after, weights and values of the one before; the second one after is asked for. */
+/* Each turn does one step of several chunks, and steps that wait for each other have others between them: scores of
+ * this chunk, the queries of the one after, weights and values of the one before; the second one after is asked for. */
 static void part_walk(struct part *p, const struct attn_block *blocks, size_t n_blocks)
 {
     struct walk w = {blocks, n_blocks, 0, 0};

@@ -1,10 +1,11 @@
-/* Attention from codes that one conversion turns into numbers: raw, fp8, int8, and uq4 without rotation. No decoded number is written
- * to memory. A part of attn_part.h, which includes it; conversions are those of the codec's vector variant. */
+/* Attention from codes that one conversion turns into numbers: raw, fp8, int8, and uq4 without rotation. No decoded
+ * number is written to memory. A part of attn_part.h, which includes it; conversions are those of the codec's vector
+ * variant. */
 
 enum plain_kind { PLAIN_NONE, PLAIN_F16, PLAIN_BF16, PLAIN_F32, PLAIN_FP8, PLAIN_INT8, PLAIN_UQ4 };
 
-/* Tokens (keys) or registers of 16 channels (values) that are under way together, so that as many sums are as hide the latency of a
- * multiplication. */
+/* Tokens (keys) or registers of 16 channels (values) that are under way together, so that as many sums are as hide
+ * the latency of a multiplication. */
 #if WIDTH == 16
 #define PLAIN_ABREAST 2u
 VEC wf plain_fold(vf v) { return v; }
@@ -140,15 +141,18 @@ VEC void plain_scores_as(enum plain_kind kind, struct part *p, const struct chun
 {
     for (uint32_t t = 0; t < x->n; t += PLAIN_ABREAST) {
         for (uint32_t row = 0; row < p->n; row += 4)
-            BY_ROWS(p->n - row, plain_dots, kind, x, p->rows->q + (size_t)row * x->dim, t, p->unit, c->s + (size_t)row * ATTN_CHUNK);
+            BY_ROWS(p->n - row, plain_dots, kind, x, p->rows->q + (size_t)row * x->dim, t, p->unit,
+                    c->s + (size_t)row * ATTN_CHUNK);
         part_ahead(p, 0, PLAIN_ABREAST * (uint32_t)x->stride);
     }
 }
 
 /* ---- values ---- */
 
-/* o = keep * o + weights * values of n rows, PLAIN_ABREAST registers of channels from i on, past the last one the last again. */
-VEC void plain_sums(enum plain_kind kind, const struct plain *x, struct part *p, const float *w, uint32_t i, uint32_t row, uint32_t n)
+/* o = keep * o + weights * values of n rows, PLAIN_ABREAST registers of channels from i on, past the last one the
+ * last again. */
+VEC void plain_sums(enum plain_kind kind, const struct plain *x, struct part *p, const float *w, uint32_t i, uint32_t row,
+                    uint32_t n)
 {
     float *o = p->out->o + (size_t)row * p->dim_o;
     vf acc[4][PLAIN_ABREAST];

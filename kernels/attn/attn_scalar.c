@@ -58,8 +58,8 @@ static void see(struct scalar_state *st, uint32_t row, uint32_t dim, double s, c
         o[i] = by * o[i] + weight * (double)v[i];
 }
 
-static void block_partial(const struct attn_params *params, const struct attn_block *block, const struct attn_rows *rows,
-                          struct scalar_state *st)
+static void block_partial(const struct attn_params *params, const struct attn_block *block,
+                          const struct attn_rows *rows, struct scalar_state *st)
 {
     const struct tile_layout *l = block->layout;
 
@@ -68,8 +68,8 @@ static void block_partial(const struct attn_params *params, const struct attn_bl
         const float *v = l->dim_v ? st->v : st->k;
         uint32_t v_stride = l->dim_v ? l->dim_v : l->dim_k;
 
-        (void)tile_decode(&codec_ops_scalar, l, NULL, NULL, block->tile, t0, t1, CODEC_F32, st->k, sizeof(float) * l->dim_k,
-                          st->v, sizeof(float) * l->dim_v);
+        (void)tile_decode(&codec_ops_scalar, l, NULL, NULL, block->tile, t0, t1, CODEC_F32, st->k,
+                          sizeof(float) * l->dim_k, st->v, sizeof(float) * l->dim_v);
         for (uint32_t row = 0; row < rows->n; row++) {
             struct attn_sight sight = attn_sight(params, block->pos, block->n_tokens, rows->q_pos[row]);
 

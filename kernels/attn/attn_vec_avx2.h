@@ -1,4 +1,5 @@
-/* One register of floats or integers with AVX2, FMA, F16C and BMI2: attn_vec_avx512.h has the same names and says what they do. */
+/* One register of floats or integers with AVX2, FMA, F16C and BMI2: attn_vec_avx512.h has the same names and says
+ * what they do. */
 #ifndef KVD_KERNELS_ATTN_VEC_AVX2_H
 #define KVD_KERNELS_ATTN_VEC_AVX2_H
 
@@ -23,7 +24,6 @@ VEC wf wf_mul(wf a, wf b) { return _mm256_mul_ps(a, b); }
 VEC wf wf_div(wf a, wf b) { return _mm256_div_ps(a, b); }
 VEC wf wf_fma(wf a, wf b, wf c) { return _mm256_fmadd_ps(a, b, c); }
 VEC wf wf_max(wf a, wf b) { return _mm256_max_ps(a, b); }
-VEC wf wf_min(wf a, wf b) { return _mm256_min_ps(a, b); }
 VEC wf wf_abs(wf a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
 VEC wf wf_copysign(wf magnitude, wf sign)
 {

@@ -25,7 +25,6 @@ VEC wf wf_div(wf a, wf b) { return _mm512_div_ps(a, b); }
 VEC wf wf_fma(wf a, wf b, wf c) { return _mm512_fmadd_ps(a, b, c); }
 VEC wf wf_max(wf a, wf b) /* b if one is no number */
  { return _mm512_max_ps(a, b); }
-VEC wf wf_min(wf a, wf b) { return _mm512_min_ps(a, b); }
 VEC wf wf_abs(wf a) { return _mm512_abs_ps(a); }
 VEC wf wf_copysign(wf magnitude, wf sign)
 {
@@ -178,8 +177,8 @@ VEC wi wi_set1_32(const void *p)
 VEC wi wi_maddubs(wi u, wi s) { return _mm512_maddubs_epi16(u, s); }
 VEC wi wi_madd(wi a, wi b) { return _mm512_madd_epi16(a, b); }
 #ifdef ATTN_VNNI
-/* acc + sums of four neighbouring products of uint8 and int8, the latter the same four everywhere. Instructions, because gcc 12 copies
- * the accumulators of the intrinsics. */
+/* acc + sums of four neighbouring products of uint8 and int8, the latter the same four everywhere. Instructions,
+ * because gcc 12 copies the accumulators of the intrinsics. */
 VEC wi wi_dot_bytes(wi acc, wi u, const void *s)
 {
     __asm__("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(acc) : "v"(u), "m"(*(const int32_t(*)[1])s));
@@ -233,8 +232,8 @@ VEC void wi_transpose_dwords(wi x[4])
     x[3] = _mm512_unpackhi_epi64(b, d);
 }
 
-/* Rounds 16 even and 16 odd numbers within int16 to whole ones, 256 * high + low byte (signed). To to + 64 k: high bytes of the four
- * even ones from 4 k on, of the odd ones, low bytes of both. *total += the whole numbers. */
+/* Rounds 16 even and 16 odd numbers within int16 to whole ones, 256 * high + low byte (signed). To to + 64 k: high
+ * bytes of the four even ones from 4 k on, of the odd ones, low bytes of both. *total += the whole numbers. */
 VEC void wf_split32(const wf v[2], uint8_t *to, wi *total)
 {
     wi a = _mm512_cvtps_epi32(v[0]), b = _mm512_cvtps_epi32(v[1]), n = _mm512_packs_epi32(a, b);
@@ -268,8 +267,8 @@ VEC wi wi_load_n(const uint8_t *p, uint32_t n)
 {
     return n >= 64 ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi8(((__mmask64)1 << n) - 1, p);
 }
-/* Codes of two tokens, half of each lane (0: the first 8 bytes): their numbers by table, side by side as int16; the four bytes
- * from 4 i on of the half are in ret[2 i] (low nibbles) and ret[2 i + 1]. */
+/* Codes of two tokens, half of each lane (0: the first 8 bytes): their numbers by table, side by side as int16; the
+ * four bytes from 4 i on of the half are in ret[2 i] (low nibbles) and ret[2 i + 1]. */
 VEC void wtab_pairs(wtab t, wi a, wi b, int half, wi ret[4])
 {
     wi x = half ? _mm512_unpackhi_epi8(a, b) : _mm512_unpacklo_epi8(a, b), y = _mm512_srli_epi16(x, 8);
