@@ -324,8 +324,22 @@ static void write_results(const struct attend_request *rq)
         memcpy(rq->at + rq->mass_off, rq->block_lse, rq->n_refs * sizeof(float));
 }
 
+/* Scores beyond fp32 have no result, and that is not to look like one. */
+static void check_range(struct attend_request *rq)
+{
+    uint32_t n = rq->kind.n_kv_heads * rq->n_rows, n_bad = 0;
+
+    for (uint32_t r = 0; r < n; r++)
+        n_bad += !(rq->lse[r] < INFINITY);
+    if (n_bad)
+        attend_request_fail(rq, RING_RANGE, n_bad, n);
+}
+
 void attend_complete(struct attend_request *rq)
 {
+    if (!atomic_load_explicit(&rq->reason, memory_order_acquire))
+        check_range(rq);
+
     uint64_t now = attend_now_usec(), begun = rq->begun_usec ? rq->begun_usec : now;
     struct shm_completion c = {
         .ticket = rq->ticket,

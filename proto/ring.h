@@ -59,14 +59,15 @@ static inline void ring_view_init(struct ring_view *v, void *at, uint32_t n)
     REASON(STALE, 18, 22, "block %llu of the request is not in the cache as it was leased")                                        \
     REASON(FOREIGN, 19, 2, "block %llu of the request is of another space or layer group")                                         \
     REASON(MEMORY, 20, 23, "the daemon has no memory for %llu bytes")                                                              \
-    REASON(ENDING, 21, 4, "the daemon is ending")
+    REASON(ENDING, 21, 4, "the daemon is ending")                                                                                  \
+    REASON(RANGE, 22, 14, "%llu of %llu rows have no result within fp32: their queries or the scale are too large")
 
 enum ring_reason {
 #define REASON(name, number, error, text) RING_##name = number,
     RING_REASONS(REASON)
 #undef REASON
 };
-enum { RING_REASON_COUNT = 22 };
+enum { RING_REASON_COUNT = 23 };
 
 /* enum kvd_error of a reason; 23 (internal) for a number that is none. */
 int ring_reason_error(uint32_t reason);

@@ -92,9 +92,14 @@ static void await_pieces(void)
 /* It ends where it is, not after having gone through what is left. */
 START_TEST(endless_is_cancelled)
 {
+    uint64_t n;
+
     rb_submit(&bed, &worker, 1, 0, endless(0));
     await_pieces();
-    ck_assert_uint_gt((uint64_t)bed.tenant->jobs->n_pieces, 100000000);
+    pthread_mutex_lock(&bed.attend->lock);
+    n = bed.tenant->jobs->n_pieces;
+    pthread_mutex_unlock(&bed.attend->lock);
+    ck_assert_uint_gt(n, 100000000);
     atomic_store(&rb_header(&worker, 0)->cancelled, 1);
     ck_assert_uint_eq(await().reason, RING_CANCELLED);
     rb_submit(&bed, &worker, 2, 0, rb_request(&bed, &worker, 0, 4, 4, 0));
@@ -157,6 +162,23 @@ START_TEST(wrong_queries_are_work)
 }
 END_TEST
 
+/* Finite queries, and scores that are not. */
+START_TEST(scores_beyond_fp32)
+{
+    uint64_t bytes = rb_request(&bed, &worker, 0, 4, 4, 0);
+    const struct payload_part *part = &space_layout(bed.space, 0, false)->parts[0];
+    uint64_t host = atomic_load(&cache_view(bed.cache)->entries[shm_ref_entry(bed.refs[0])].host);
+    float *k = (float *)(void *)((char *)cache_leased_at(bed.cache, host) + part->off + part->tile.k_codes_off);
+
+    for (uint32_t i = 0; i < RB_DIM; i++) {
+        k[i] = 1e30f;
+        ((float *)(void *)(worker.memory + rb_header(&worker, 0)->q_off))[i] = 1e30f;
+    }
+    rb_submit(&bed, &worker, 1, 0, bytes);
+    ck_assert_uint_eq(await().reason, RING_RANGE);
+}
+END_TEST
+
 /* Widths that the kernels do not compute. */
 START_TEST(width_of_latent_values)
 {
@@ -199,6 +221,7 @@ int main(void)
     tcase_add_checked_fixture(small, setup, teardown);
     tcase_set_timeout(small, 120);
     tcase_add_test(small, wrong_queries_are_work);
+    tcase_add_test(small, scores_beyond_fp32);
     tcase_add_test(small, width_of_latent_values);
     suite_add_tcase(suite, small);
     runner = srunner_create(suite);

@@ -20,7 +20,7 @@
 
 #define LOG2E 1.44269504f
 #define LN2 0.69314718f
-#define FAR (-1e30f) /* below every score, and finite */
+#define FAR (-3.4e38f) /* below every score that fp32 has, and finite */
 
 /* Sums of exponentials of the rows: sum * 2^max. [rows_up] */
 struct levels {
@@ -74,10 +74,10 @@ VEC uint32_t min_u32(uint32_t a, uint32_t b)
     return a < b ? a : b;
 }
 
-/* 2^x for x <= 0, relative error 3e-6; never below 2^-126. */
+/* 2^x for x <= 0, relative error 3e-6; never below 2^-126; no number if x is none. */
 VEC wf wf_exp2_quick(wf x)
 {
-    wf v = wf_max(x, wf_set1(-126)), n = wf_round(v), f = wf_sub(v, n);
+    wf v = wf_max(wf_set1(-126), x), n = wf_round(v), f = wf_sub(v, n);
     wf y = wf_fma(wf_set1(0.00958285260f), f, wf_set1(0.0559064347f));
 
     y = wf_fma(y, f, wf_set1(0.240240987f));
@@ -99,10 +99,10 @@ VEC wf wf_log2(wf x)
     return wf_fma(y, t, n);
 }
 
-/* 2^x for x <= 0; 0 below 2^-126. Relative error 2e-7. */
+/* 2^x for x <= 0; 0 below 2^-126; no number if x is none. Relative error 2e-7. */
 VEC wf wf_exp2(wf x)
 {
-    wf v = wf_max(x, wf_set1(-200)), n = wf_round(v), f = wf_sub(v, n);
+    wf v = wf_max(wf_set1(-200), x), n = wf_round(v), f = wf_sub(v, n);
     wf y = wf_fma(wf_set1(0.00132647258f), f, wf_set1(0.00967151345f));
 
     y = wf_fma(y, f, wf_set1(0.0555073375f));
@@ -460,14 +460,14 @@ static void row_end(struct part *p, uint32_t row)
     float plain = p->plain.sum[row], code = p->code.sum[row];
 
     *lse = -INFINITY;
-    if (plain > 0) {
+    if (plain != 0) { /* one that is no number, of scores beyond fp32, becomes a log-sum-exp that is none */
         wf by = wf_set1(1 / plain);
 
         *lse = (p->plain.max[row] + log2f(plain)) * LN2;
         for (uint32_t i = 0; i < p->dim_o; i += WIDTH)
             wf_store(o + i, wf_mul(wf_load(o + i), by));
     }
-    if (code > 0) {
+    if (code != 0) {
         code_rotate_back(p, row, 1 / code, rotated);
         attn_merge(o, lse, rotated, (p->code.max[row] + log2f(code)) * LN2, p->dim_o);
     }

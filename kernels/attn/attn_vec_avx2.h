@@ -87,7 +87,7 @@ VEC wf wf_scale(wf x, wf n)
     __m256i e = _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23);
     wf y = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(x), e));
 
-    return _mm256_and_ps(y, _mm256_cmp_ps(n, _mm256_set1_ps(-126), _CMP_GE_OQ));
+    return _mm256_and_ps(y, _mm256_cmp_ps(n, _mm256_set1_ps(-126), _CMP_NLT_UQ));
 }
 
 VEC wf wf_scale_normal(wf x, wf n)

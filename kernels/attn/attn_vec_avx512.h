@@ -89,10 +89,10 @@ VEC wf wf_load_e4m3(const uint8_t *p)
     return _mm512_cvtph_ps(_mm256_and_si256(_mm256_srai_epi16(c, 1), _mm256_set1_epi16((short)0xbfff)));
 }
 
-/* x * 2^n for whole n, 0 where n is below -126. */
+/* x * 2^n for whole n, 0 where n is below -126; a NaN stays one. */
 VEC wf wf_scale(wf x, wf n)
 {
-    return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(n, _mm512_set1_ps(-126), _CMP_GE_OQ), x, n);
+    return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(n, _mm512_set1_ps(-126), _CMP_NLT_UQ), x, n);
 }
 
 /* The same for n >= -126. */
