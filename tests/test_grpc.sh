@@ -6,6 +6,12 @@ if ! grep -q 'define KVD_GRPC 1' "$KVD_BUILDDIR/config.h"; then
     echo "this build has no gRPC (--without-grpc)"
     exit 77
 fi
+# gRPC's C core is not built for ThreadSanitizer, which slows it down and sees none of its locks: about one run in fifteen stands still
+# there, and why is not known. test_grpc_wire has the daemon's side under it.
+if grep -q -e '-fsanitize=thread' "$KVD_BUILDDIR/Makefile"; then
+    echo "gRPC's C core stands still at times under ThreadSanitizer"
+    exit 77
+fi
 python=
 for p in ${KVD_PYTHON:-} python3 /usr/bin/python3; do
     if "$p" -c 'import grpc, google.protobuf' 2>/dev/null; then
