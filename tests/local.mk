@@ -202,14 +202,14 @@ tests_fuzz_fuzz_space_LDFLAGS = $(FUZZ_LINK)
 EXTRA_DIST += tests/fuzz/corpus/space
 
 FUZZ_TARGETS += tests/fuzz/fuzz_request
-tests_fuzz_fuzz_request_SOURCES = tests/fuzz/fuzz_request.c
+tests_fuzz_fuzz_request_SOURCES = tests/fuzz/fuzz_request.c tests/fuzz/fuzz_daemon.h
 tests_fuzz_fuzz_request_LDADD = $(KVD_DAEMON_LIBS) $(FUZZ_LIBS)
 tests_fuzz_fuzz_request_LDFLAGS = $(FUZZ_LINK) $(KVD_FAULT_WRAP)
 EXTRA_DIST += tests/fuzz/corpus/request
 
 if GRPC
 FUZZ_TARGETS += tests/fuzz/fuzz_grpc
-tests_fuzz_fuzz_grpc_SOURCES = tests/fuzz/fuzz_grpc.c
+tests_fuzz_fuzz_grpc_SOURCES = tests/fuzz/fuzz_grpc.c tests/fuzz/fuzz_daemon.h
 tests_fuzz_fuzz_grpc_LDADD = $(KVD_DAEMON_LIBS) $(FUZZ_LIBS)
 tests_fuzz_fuzz_grpc_LDFLAGS = $(FUZZ_LINK) $(KVD_FAULT_WRAP)
 endif

@@ -6,7 +6,7 @@
  * The input is a list of | method | length u16 | body |. Method 254: the call before is cancelled (its work, if it has some, is given up);
  * 255: its stream ends. A call that is still streaming takes the bodies of the next items with the same method.
  *
- * Loop and helper thread outlive a run, tenants and their caches live for RUNS_A_LIFE runs, as in fuzz_request.c. */
+ * Tenants live for RUNS_A_LIFE runs (fuzz_daemon.h). */
 #include <errno.h>
 #include <fcntl.h>
 #include <stdlib.h>
@@ -14,33 +14,14 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
-#include "daemon/attend.h"
-#include "daemon/flight_requests.h"
-#include "daemon/publish.h"
 #include "daemon/rpc-internal.h"
-#include "daemon/tenants.h"
 #include "daemon/walk.h"
 #include "proto/kvd.pb-c.h"
+#include "tests/fuzz/fuzz_daemon.h"
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 
 enum { ITEMS_MAX = 64, RUNS_A_LIFE = 64, STREAMED_MAX = 64, CANCEL = 254, END = 255 };
-
-static void must(int r)
-{
-    if (r < 0)
-        abort();
-}
-
-static int on_timer(sd_event_source *source, uint64_t usec, void *ctx)
-{
-    struct daemon *d = ctx;
-
-    (void)source;
-    (void)usec;
-    d->timer_usec = UINT64_MAX;
-    return 0;
-}
 
 static const char *const settings[][2] = {
     {"host_bytes", "8M"}, {"slab_bytes", "2M"}, {"hugepages", "off"}, {"index_entries", "32"}, {"spaces_max", "4"},
@@ -69,69 +50,10 @@ static struct rpc *make_rpc(struct daemon *d)
 
 static struct daemon *make_daemon(void)
 {
-    struct attend_config attend = {.n_threads = 1, .n_cpus = 1, .n_words = 64}; /* no ring, so no thread */
-    struct daemon *d = calloc(1, sizeof(*d));
+    struct daemon *d = fuzz_daemon_create(NULL);
 
-    if (!d)
-        abort();
-    d->timer_usec = UINT64_MAX;
-    log_init(&d->log, open("/dev/null", O_WRONLY | O_CLOEXEC), LOG_ERROR, daemon_now_usec);
-    cpu_detect(&d->cpu);
-    d->codec = codec_ops_choose(&d->cpu);
-    d->crc32c = crc32c_choose(&d->cpu);
-    must(sd_event_default(&d->event));
-    must(sd_event_add_time(d->event, &d->timer, CLOCK_MONOTONIC, 0, 1000, on_timer, d));
-    must(sd_event_source_set_enabled(d->timer, SD_EVENT_OFF));
-    must(sd_event_add_defer(d->event, &d->reaper, sessions_reap, d));
-    must(sd_event_source_set_enabled(d->reaper, SD_EVENT_OFF));
-    must(wire_init(&d->wire));
-    must(key_hasher_create(&d->hasher));
-    must(publishing_create(&d->publishing));
-    must(flights_create(64, 32, 16, flight_request_told, d, &d->flights));
-    must(jobs_create(d->event, 1, &d->jobs));
-    attend.ops = attn_ops_choose(&d->cpu);
-    attend.codec = d->codec;
-    must(attend_create(&attend, &d->attend));
     d->rpc = make_rpc(d);
     return d;
-}
-
-static void begin_life(struct daemon *d)
-{
-    struct option_error error;
-
-    must(options_init(&d->options));
-    for (size_t i = 0; i < sizeof(settings) / sizeof(settings[0]); i++)
-        must(option_set(&d->options, option_find(settings[i][0]), settings[i][1], &id_resolver_system, &error));
-    d->budget = (struct budget){.limit_bytes = d->options.host_bytes, .hugepages = SLAB_HUGE_OFF};
-    must(tenants_apply(d));
-}
-
-static void end_life(struct daemon *d)
-{
-    tenants_destroy(d);
-    if (d->budget.used_bytes)
-        abort();
-    options_deinit(&d->options);
-}
-
-static bool spare_coming(const struct daemon *d)
-{
-    for (const struct tenant *t = d->tenants->first; t; t = t->next)
-        if (t->spare_coming)
-            return true;
-    return false;
-}
-
-static void settle(struct daemon *d)
-{
-    for (int i = 0; i < 10000; i++) {
-        bool busy = publishing_blocks(d->publishing) || d->n_walks || jobs_waiting(d->jobs) || spare_coming(d);
-
-        if (sd_event_run(d->event, busy ? 1000 : 0) == 0 && !busy)
-            return;
-    }
-    abort(); /* something goes on for ever */
 }
 
 /* ---- the rpc thread's part ---- */
@@ -264,10 +186,10 @@ static void end_conn(struct daemon *d, int peer)
     struct rpc_post *post;
 
     close(peer);
-    settle(d); /* the hang-up is seen */
+    fuzz_daemon_settle(d); /* the hang-up is seen */
     for (struct session *s = d->sessions; s; s = s->next)
         session_close(s, NULL);
-    settle(d);
+    fuzz_daemon_settle(d);
     post = take_post(d, true);
     if (!d->rpc->all || post != &d->rpc->all->close_post || d->rpc->to_rpc)
         abort();
@@ -327,7 +249,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     if (!d)
         d = make_daemon();
     if (n_runs++ % RUNS_A_LIFE == 0)
-        begin_life(d);
+        fuzz_daemon_begin_life(d, settings, sizeof(settings) / sizeof(settings[0]));
     d->draining = false;
     conn = open_conn(d, &peer);
     prepare(d, conn);
@@ -354,6 +276,6 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         call_end(c);
     end_conn(d, peer);
     if (n_runs % RUNS_A_LIFE == 0)
-        end_life(d);
+        fuzz_daemon_end_life(d);
     return 0;
 }

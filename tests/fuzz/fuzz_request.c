@@ -4,9 +4,8 @@
  *
  * The input is a list of | type | n_fds | length u16 | body |; type 255 adds a sound staging and opens a sound space first.
  *
- * Loop and helper thread outlive a run (a thread and an epoll set take longer to make than all that a run does); tenants, their
- * caches, and options live for RUNS_A_LIFE runs, since making their memory takes ten times as long as what a run does with it. So a
- * finding may need the runs before it: libFuzzer's -seed= and -runs= repeat those. */
+ * Tenants live for RUNS_A_LIFE runs (fuzz_daemon.h), so a finding may need the runs before it: libFuzzer's -seed= and -runs= repeat
+ * those. */
 #include <errno.h>
 #include <fcntl.h>
 #include <stdlib.h>
@@ -15,115 +14,23 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
-#include "daemon/attend.h"
-#include "daemon/daemon.h"
-#include "daemon/flight_requests.h"
-#include "daemon/publish.h"
 #include "daemon/request.h"
-#include "daemon/session.h"
-#include "daemon/tenants.h"
 #include "daemon/walk.h"
 #include "proto/kvd.pb-c.h"
+#include "tests/fuzz/fuzz_daemon.h"
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 
 enum { FRAMES_MAX = 64, STAGING_BYTES = 8192, RUNS_A_LIFE = 64 };
 
-static void must(int r)
-{
-    if (r < 0)
-        abort();
-}
-
-static int on_timer(sd_event_source *source, uint64_t usec, void *ctx)
-{
-    struct daemon *d = ctx;
-
-    (void)source;
-    (void)usec;
-    d->timer_usec = UINT64_MAX;
-    flights_expire(d->flights, daemon_now_usec());
-    sessions_expire(d, daemon_now_usec());
-    return 0;
-}
-
-static void make_attend(struct daemon *d)
-{
-    const struct attend_config config = {
-        .n_threads = 1,
-        .n_cpus = 1,
-        .n_words = 64,
-        .ops = attn_ops_choose(&d->cpu),
-        .codec = d->codec,
-        .limits = {.request_bytes = 4096, .worker_bytes = 8192, .queue_bytes = 8192, .memory_bytes = 65536, .slice_usec = 100,
-                   .n_blocks = 16},
-    };
-
-    must(attend_create(&config, &d->attend));
-}
-
-static struct daemon *make_daemon(void)
-{
-    struct daemon *d = calloc(1, sizeof(*d));
-
-    if (!d)
-        abort();
-    d->timer_usec = UINT64_MAX;
-    log_init(&d->log, open("/dev/null", O_WRONLY | O_CLOEXEC), LOG_ERROR, daemon_now_usec);
-    cpu_detect(&d->cpu);
-    d->codec = codec_ops_choose(&d->cpu);
-    d->crc32c = crc32c_choose(&d->cpu);
-    must(sd_event_default(&d->event));
-    must(sd_event_add_time(d->event, &d->timer, CLOCK_MONOTONIC, 0, 1000, on_timer, d));
-    must(sd_event_source_set_enabled(d->timer, SD_EVENT_OFF));
-    must(sd_event_add_defer(d->event, &d->reaper, sessions_reap, d));
-    must(sd_event_source_set_enabled(d->reaper, SD_EVENT_OFF));
-    must(wire_init(&d->wire));
-    must(key_hasher_create(&d->hasher));
-    must(publishing_create(&d->publishing));
-    must(flights_create(64, 32, 16, flight_request_told, d, &d->flights));
-    must(jobs_create(d->event, 1, &d->jobs));
-    make_attend(d);
-    return d;
-}
+static const struct attend_limits limits = {.request_bytes = 4096, .worker_bytes = 8192, .queue_bytes = 8192, .memory_bytes = 65536,
+                                            .slice_usec = 100, .n_blocks = 16};
 
 static const char *const settings[][2] = {
     {"host_bytes", "8M"}, {"slab_bytes", "2M"}, {"hugepages", "off"}, {"index_entries", "32"}, {"spaces_max", "4"},
     {"leases", "16"}, {"hit_log", "16"}, {"staging_bytes", "64K"}, {"stagings", "3"}, {"publish_blocks", "8"},
     {"publish_worker_blocks", "16"}, {"log_level", "error"}, {"malformed_max", "64"},
 };
-
-static void begin(struct daemon *d)
-{
-    struct option_error error;
-
-    must(options_init(&d->options));
-    for (size_t i = 0; i < sizeof(settings) / sizeof(settings[0]); i++)
-        must(option_set(&d->options, option_find(settings[i][0]), settings[i][1], &id_resolver_system, &error));
-    d->budget = (struct budget){.limit_bytes = d->options.host_bytes, .hugepages = SLAB_HUGE_OFF};
-    must(tenants_apply(d));
-}
-
-/* A slab is being made ahead of need: its job may have left the queue and not be back. */
-static bool spare_coming(const struct daemon *d)
-{
-    for (const struct tenant *t = d->tenants->first; t; t = t->next)
-        if (t->spare_coming)
-            return true;
-    return false;
-}
-
-/* Until nothing is under way. */
-static void settle(struct daemon *d)
-{
-    for (int i = 0; i < 10000; i++) {
-        bool busy = publishing_blocks(d->publishing) || d->n_walks || jobs_waiting(d->jobs) || spare_coming(d);
-
-        if (sd_event_run(d->event, busy ? 1000 : 0) == 0 && !busy)
-            return;
-    }
-    abort(); /* something goes on for ever */
-}
 
 /* After a run: nothing is left of the session. */
 static void end_session(struct daemon *d, int peer)
@@ -133,7 +40,7 @@ static void end_session(struct daemon *d, int peer)
     close(peer);
     for (struct session *s = d->sessions; s; s = s->next)
         session_close(s, NULL);
-    settle(d);
+    fuzz_daemon_settle(d);
     flights_count(d->flights, &n_flights, &n_waiters);
     if (d->sessions || d->closing || n_flights || n_waiters || d->staging_bytes || d->walks || publishing_blocks(d->publishing))
         abort();
@@ -145,14 +52,6 @@ static void end_session(struct daemon *d, int peer)
             abort();
         cache_assert_valid(t->cache);
     }
-}
-
-static void end_life(struct daemon *d)
-{
-    tenants_destroy(d);
-    if (d->budget.used_bytes)
-        abort();
-    options_deinit(&d->options);
 }
 
 /* One frame to the session, if it is still there. */
@@ -218,9 +117,9 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     int pair[2];
 
     if (!d)
-        d = make_daemon();
+        d = fuzz_daemon_create(&limits);
     if (n_runs % RUNS_A_LIFE == 0)
-        begin(d);
+        fuzz_daemon_begin_life(d, settings, sizeof(settings) / sizeof(settings[0]));
     d->draining = false;
     must(socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0, pair));
     session_accept(d, pair[0]);
@@ -239,7 +138,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         else
             say(d, data[0], data + 4, n, data[1] & 1 ? staging_fd() : -1);
         if (data[1] & 2)
-            settle(d);
+            fuzz_daemon_settle(d);
         if (data[1] & 4) { /* reads what was said to it */
             uint8_t sink[4096];
 
@@ -249,9 +148,9 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         data += 4 + n;
         size -= 4 + n;
     }
-    settle(d);
+    fuzz_daemon_settle(d);
     end_session(d, pair[1]);
     if (++n_runs % RUNS_A_LIFE == 0)
-        end_life(d);
+        fuzz_daemon_end_life(d);
     return 0;
 }
