@@ -2,49 +2,15 @@
 # Peers of two tenants, and one of none, on the gRPC socket: told apart by uid alone. Needs root, to be several users.
 set -eu
 
-if ! grep -q 'define KVD_GRPC 1' "$KVD_BUILDDIR/config.h"; then
-    echo "this build has no gRPC (--without-grpc)"
-    exit 77
-fi
+. "$KVD_SRCDIR/tests/grpc_bed.sh"
 if [ "$(id -u)" != 0 ] || ! command -v setpriv >/dev/null; then
     echo "only root can be several users (and setpriv of util-linux is needed)"
     exit 77
 fi
-python=
-for p in ${KVD_PYTHON:-} python3 /usr/bin/python3; do
-    if setpriv --reuid=65534 --regid=65534 --clear-groups "$(command -v "$p")" -c 'import grpc, google.protobuf' 2>/dev/null; then
-        python=$(command -v "$p")
-        break
-    fi
-done
-if [ -z "$python" ] || ! command -v protoc >/dev/null || ! command -v grpc_python_plugin >/dev/null; then
-    echo "no generated client: install the Debian packages python3-grpcio, python3-protobuf, protobuf-compiler, protobuf-compiler-grpc"
-    exit 77
-fi
-
-work=$(mktemp -d)
-daemon=
-finish()
-{
-    if [ -n "$daemon" ]; then
-        kill "$daemon" 2>/dev/null || true
-        wait "$daemon" 2>/dev/null || true
-    fi
-    rm -rf "$work"
-}
-trap finish EXIT
-
-fail()
-{
-    echo "FAIL: $1"
-    cat "$work/log"
-    exit 1
-}
+find_python setpriv --reuid=65534 --regid=65534 --clear-groups
 
 chmod 755 "$work"
-mkdir "$work/stubs"
-protoc --proto_path="$KVD_SRCDIR/proto" --python_out="$work/stubs" --grpc_python_out="$work/stubs" \
-    --plugin=protoc-gen-grpc_python="$(command -v grpc_python_plugin)" kvd.proto
+make_stubs kvd.proto
 cat >"$work/client.py" <<'END'
 import sys
 import grpc
@@ -81,13 +47,7 @@ uid = 0
 [tenant two]
 uid = 65534
 END
-"$KVD_BUILDDIR/kvd" --config "$work/conf" --socket "$work/kvd.sock" --grpc-socket "$work/grpc.sock" --host-bytes 16M --slab-bytes 2M \
-    --index-entries 256 >"$work/log" 2>&1 &
-daemon=$!
-until grep -q 'kvd: ready' "$work/log"; do
-    kill -0 "$daemon" || fail "the daemon did not start"
-    sleep 0.02
-done
+start_daemon --config "$work/conf" --host-bytes 16M --slab-bytes 2M --index-entries 256
 
 # as UID WHAT: what the client says as this user.
 as()
